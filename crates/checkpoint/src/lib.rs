@@ -1,0 +1,1 @@
+//! Model files: Hugging Face safetensors read by element range, written as a stream.

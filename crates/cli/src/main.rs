@@ -1,0 +1,2 @@
+//! The `shardwise` command.
+fn main() {}

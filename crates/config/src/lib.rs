@@ -1,0 +1,1 @@
+//! The run file and the DeepSpeed configuration, read into one checked RunConfig.

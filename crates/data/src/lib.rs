@@ -1,0 +1,1 @@
+//! Tokenizers, token files and samplers that are pure functions of seed, step and rank.

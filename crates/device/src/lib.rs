@@ -1,0 +1,1 @@
+//! Typed memory on a device: buffers, views and pools.

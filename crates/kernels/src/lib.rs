@@ -1,0 +1,1 @@
+//! Arithmetic on buffers: fused optimizers, casts, norms, counter-based random numbers.

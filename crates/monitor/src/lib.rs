@@ -1,0 +1,1 @@
+//! Metrics as JSON lines and TensorBoard events, and the live progress line.

@@ -1,0 +1,1 @@
+//! Pure plans: mesh, flat layout, schedules, memory and traffic estimates.
