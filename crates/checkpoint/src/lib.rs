@@ -1,1 +1,26 @@
-//! Model files: Hugging Face safetensors read by element range, written as a stream.
+//! Model files: Hugging Face safetensors, read by element range and written as a stream.
+//!
+//! A rank reads only the elements it owns, and no file is ever held whole in memory, so a model larger than the
+//! host can be loaded and written. [`HfReader`] reads a folder with `model.safetensors` or with shards and an
+//! index; [`HfWriter`] writes either. Every header is checked before a tensor is read: a damaged or hostile file is
+//! an error that names the file and the tensor, never a panic or a wrong number.
+//!
+//! `config.json` and `tokenizer.json` beside the weights are the caller's business.
+
+#![forbid(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!("tensors in files are little-endian, and are read without swapping bytes");
+
+mod convert;
+mod dtype;
+mod error;
+mod header;
+mod index;
+mod reader;
+mod writer;
+
+pub use dtype::FileDType;
+pub use error::{CheckpointError, DeclarationProblem, HeaderProblem, IndexProblem};
+pub use reader::{HfReader, TensorInfo};
+pub use writer::{HfWriter, TensorMeta};

@@ -1,2 +1,64 @@
 //! The `shardwise` command.
-fn main() {}
+//!
+//! What people type. It checks a run file, starts one `shardwise-worker` for each rank and watches them from
+//! outside, so that a crash, a kill or a hang of a rank is seen by a process that cannot be part of it. It links no
+//! libtorch and starts at once.
+
+mod args;
+mod check;
+mod console;
+mod generate;
+mod out_dir;
+mod report;
+mod run_file;
+mod summary;
+mod supervise;
+mod train;
+mod worker_binary;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::console::UsageError;
+
+/// How the command ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    /// All work is done.
+    Done,
+    /// Training failed.
+    Failed,
+    /// Bad usage or configuration.
+    Usage,
+    /// Stopped by a signal, as shells count it: 130 after Ctrl-C.
+    Interrupted { signal: i32 },
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        match exit {
+            Exit::Done => ExitCode::SUCCESS,
+            Exit::Failed => ExitCode::from(1),
+            Exit::Usage => ExitCode::from(2),
+            Exit::Interrupted { signal } => {
+                ExitCode::from(128_u8.saturating_add(signal.unsigned_abs() as u8))
+            }
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Generate(args) => generate::run(&args).map(|never| match never {}),
+    };
+    let exit = result.unwrap_or_else(|error| {
+        let usage = error.downcast_ref::<UsageError>();
+        console::print_error(&format!("{error:#}"), usage.and_then(|usage| usage.hint.as_deref()));
+        if usage.is_some() { Exit::Usage } else { Exit::Failed }
+    });
+    exit.into()
+}

@@ -1,1 +1,42 @@
-//! The run file and the DeepSpeed configuration, read into one checked RunConfig.
+//! The run file and the DeepSpeed configuration, read into one checked [`RunConfig`].
+//!
+//! ```text
+//! run.json | run.toml ─┐
+//! ds_config.json ──────┼─► tree of values ─► key tables ─► RunConfig + Effective
+//! --set a.b=c ─────────┘    (with lines)      (check)       (assemble)
+//! ```
+//!
+//! Nothing is taken in silence: a key is used, or accepted with a note that says why it changes nothing, or
+//! refused by name. A key that no table knows is an error. Every value of the outcome can say where it came
+//! from. This crate reads files but no environment, and DeepSpeed's key names do not leave it.
+
+mod assemble;
+mod batch;
+mod check;
+mod effective;
+mod error;
+mod inputs;
+mod json;
+mod keys;
+mod load;
+mod overrides;
+mod pattern;
+mod run_config;
+mod schedule;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod toml_file;
+mod value;
+
+pub use effective::{Effective, EffectiveValue, Note, NoteKind};
+pub use error::{ConfigError, ConfigErrors};
+pub use load::Loaded;
+pub use pattern::NamePattern;
+pub use run_config::{
+    AdamWConfig, BatchConfig, CommOverlap, DataConfig, DataSource, Device, ModelConfig, ModelSource,
+    Optimizer, ParallelConfig, Precision, ReportConfig, RunConfig, SampleOrder, TokenDType, TokenizerSource,
+    TrainConfig, ZeroConfig, ZeroStage,
+};
+pub use schedule::{LrSchedule, WarmupCurve};
+pub use value::{Origin, SourceFile};

@@ -1,1 +1,28 @@
 //! Runs layers by a schedule, one autograd graph a layer, and drives the ZeRO units.
+//!
+//! A model is a list of [`Layer`]s which own no parameters. The [`Engine`] owns the parameters (through
+//! `shardwise_zero`), hands each layer views of them for one call, and keeps one small graph for each layer and
+//! micro-batch. Between two layers everything is ordinary Rust: gather before, release after, reduce when the last
+//! layer that uses a unit has gone backward. There are no hooks and nothing is traced.
+//!
+//! ```text
+//! forward    for each layer: gather -> y = layer(detach(x)) -> release, prefetch the next
+//! backward   for each layer, last first: gather -> (dx, dparams) = grad(y, dy) -> reduce -> release
+//! ```
+//!
+//! [`ops`] holds the differentiable operations that layers share.
+
+mod binding;
+mod engine;
+mod error;
+mod layer;
+pub mod ops;
+mod source;
+mod step;
+
+pub use binding::Params;
+pub use engine::{Engine, EngineOptions};
+pub use error::EngineError;
+pub use layer::{Batch, Context, Layer};
+pub use source::{BoxError, ParamSource, RandomInit};
+pub use step::TrainReport;

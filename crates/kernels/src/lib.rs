@@ -1,1 +1,21 @@
 //! Arithmetic on buffers: fused optimizers, casts, norms, counter-based random numbers.
+//!
+//! Kernels take Rust slices and know neither tensors nor ranks. Each is written once, runs with AVX-512, AVX2 or
+//! plain Rust as the machine allows, and gives the same bits on all of them: a run does not change with the
+//! processor it lands on. Functions whose names end in `_on` use several threads, told by the caller, and give the
+//! same bits again.
+//!
+//! Slices that must match in length and do not are a caller's bug, and panic, as slices do.
+
+pub mod adamw;
+pub mod add;
+pub mod cast;
+pub mod norm;
+pub mod philox;
+pub mod reduce;
+
+mod isa;
+mod parallel;
+mod simd;
+
+pub use parallel::Threads;

@@ -1,1 +1,30 @@
-//! Pure plans: mesh, flat layout, schedules, memory and traffic estimates.
+//! Pure plans: who owns which elements, in what order micro-batches run, what it will cost.
+//!
+//! Nothing here allocates model state, talks to another rank or knows a tensor. A plan is data: printable, comparable,
+//! tested without a device. The engines walk it.
+//!
+//! | module | its question |
+//! |---|---|
+//! | [`mesh`] | which rank is where on the pipeline, data and tensor axes? |
+//! | [`param`] | what parameters does a layer have, and how are they born? |
+//! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
+//! | [`schedule`] | in what order does a rank run forward, backward and step? |
+//! | [`memory`] | how many bytes does a rank need, by kind? |
+//! | [`traffic`] | how many elements does a rank send in a step? |
+//! | [`zoo`] | what layers does a Hugging Face `config.json` describe? |
+
+#![forbid(unsafe_code)]
+
+pub mod layout;
+pub mod memory;
+pub mod mesh;
+pub mod param;
+pub mod schedule;
+mod stage;
+pub mod traffic;
+pub mod zoo;
+
+pub use layout::{Fragment, ParamSlot, UnitLayout};
+pub use mesh::{Axis, Coordinates, Mesh};
+pub use param::{Init, LayerSpec, ParamSpec};
+pub use stage::ZeroStage;

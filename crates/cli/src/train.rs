@@ -1,0 +1,206 @@
+//! `shardwise train`: everything that can be refused is refused before a rank starts; then the ranks are
+//! supervised; then the end is told.
+
+use std::ffi::OsString;
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context;
+use shardwise_monitor::{Event, Progress};
+
+use crate::Exit;
+use crate::args::{RunArgs, TrainArgs};
+use crate::console::{self, UsageError};
+use crate::out_dir::{Existing, OutDir};
+use crate::run_file::RunFile;
+use crate::summary::Summary;
+use crate::supervise::{self, Failure, Launch, Outcome, Watcher};
+use crate::{report, worker_binary};
+
+/// Trains, and says how the command ends.
+pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
+    if args.resume != "never" {
+        return Err(UsageError::new(
+            format!("`--resume {}` is not supported yet", args.resume.display()),
+            "leave it out to start from the beginning",
+        ));
+    }
+    let worker = worker_binary::locate()?;
+    let run_file = RunFile::load(&args.run)?;
+    let folder = args.out.clone().unwrap_or_else(|| default_out(&args.run.run));
+    let existing = if args.overwrite { Existing::Replace } else { Existing::Refuse };
+    if existing == Existing::Replace {
+        refuse_to_remove_inputs(&folder, &run_file)?;
+    }
+    let out = OutDir::prepare(&folder, existing)?;
+
+    let num_ranks = args.run.ranks as usize;
+    let run_id = random_id()?;
+    let launch = Launch {
+        worker,
+        args: worker_args(&args.run, &folder),
+        num_ranks,
+        threads_per_rank: run_file.threads_per_rank.unwrap_or_else(|| share_of_cores(num_ranks)),
+        master_port: free_port(&run_id),
+        run_id,
+        run: out.run().clone(),
+    };
+    let progress = if console::is_live() {
+        Progress::live(run_file.steps)
+    } else {
+        Progress::plain(run_file.steps, run_file.print_every, std::io::stderr())
+    };
+    let mut screen = Screen { progress, summary: Summary::default() };
+    screen.note(&headline(&launch, &run_file));
+
+    let started = Instant::now();
+    let outcome = supervise::run(&launch, &mut screen);
+    screen.progress.finish();
+    let summary = screen.summary;
+    match outcome? {
+        Outcome::Finished => {
+            console::print_result(&summary.text(out.run(), started.elapsed()))?;
+            Ok(Exit::Done)
+        }
+        Outcome::Stopped { signal, failure } => {
+            if let Some(failure) = failure {
+                print_failure(&failure, &launch);
+            }
+            console::print_stderr(&format!(
+                "stopped after step {} of {}\n",
+                summary.last_step(),
+                run_file.steps
+            ));
+            console::print_result(&summary.text(out.run(), started.elapsed()))?;
+            Ok(Exit::Interrupted { signal })
+        }
+        Outcome::Failed(failure) => {
+            print_failure(&failure, &launch);
+            Ok(if failure.is_configuration() { Exit::Usage } else { Exit::Failed })
+        }
+    }
+}
+
+fn print_failure(failure: &Failure, launch: &Launch) {
+    console::print_error(&failure.message(), failure.hint().as_deref());
+    console::print_stderr(&report::details(failure, &launch.run, launch.num_ranks));
+}
+
+fn headline(launch: &Launch, run_file: &RunFile) -> String {
+    let plural = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    format!(
+        "training into `{}`: {} with {} each, {}",
+        launch.run.path().display(),
+        plural(launch.num_ranks, "rank"),
+        plural(launch.threads_per_rank, "thread"),
+        plural(run_file.steps as usize, "step"),
+    )
+}
+
+/// `out/` and the run file's name without its ending.
+fn default_out(run_file: &Path) -> PathBuf {
+    Path::new("out").join(run_file.file_stem().unwrap_or(run_file.as_os_str()))
+}
+
+fn worker_args(run: &RunArgs, out: &Path) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec![run.run.clone().into(), "--out".into(), out.into()];
+    for set in &run.sets {
+        args.extend(["--set".into(), set.into()]);
+    }
+    args
+}
+
+/// A run may start from the model that an earlier run left in the same folder: that must not be removed first.
+fn refuse_to_remove_inputs(folder: &Path, run_file: &RunFile) -> anyhow::Result<()> {
+    let Ok(folder) = folder.canonicalize() else { return Ok(()) };
+    for input in &run_file.inputs {
+        if input.canonicalize().is_ok_and(|input| input.starts_with(&folder)) {
+            return Err(UsageError::new(
+                format!("`--overwrite` would remove `{}`, which this run reads", input.display()),
+                "choose another folder with `--out`",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Cores are shared out evenly; ranks that outnumber them get one thread each.
+fn share_of_cores(num_ranks: usize) -> usize {
+    let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (num_cores / num_ranks).max(1)
+}
+
+/// 128 random bits, in hexadecimal.
+fn random_id() -> anyhow::Result<String> {
+    let mut bytes = [0_u8; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .context("could not read random bytes from `/dev/urandom`")?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A port that is free now. Ranks on one host meet in shared memory and use it only as a name, so where there is
+/// no loopback interface a number drawn from the run's id does as well.
+fn free_port(run_id: &str) -> u16 {
+    let bound = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+    bound.map_or_else(
+        |_| {
+            let drawn = u16::from_str_radix(&run_id[..4], 16).expect("an id is hexadecimal");
+            20_000 + drawn % 40_000
+        },
+        |address| address.port(),
+    )
+}
+
+/// Progress on standard error, and what the summary needs.
+struct Screen {
+    progress: Progress,
+    summary: Summary,
+}
+
+impl Watcher for Screen {
+    fn event(&mut self, rank: usize, event: &Event) {
+        match event {
+            // Every rank goes through the same phases.
+            Event::Phase { phase } if rank == 0 => self.progress.phase(phase),
+            Event::Step(metrics) if rank == 0 => {
+                self.summary.step(metrics);
+                self.progress.step(metrics);
+            }
+            Event::Sample { text } if rank == 0 => self.summary.sample(text),
+            Event::Note { text } if rank == 0 => self.progress.note(text),
+            Event::Note { text } => self.progress.note(&format!("rank {rank}: {text}")),
+            _ => {}
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        self.progress.note(text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_shares() {
+        assert_eq!(default_out(Path::new("runs/small.toml")), Path::new("out/small"));
+        assert_eq!(default_out(Path::new("demo")), Path::new("out/demo"));
+        assert!(share_of_cores(1) >= share_of_cores(2));
+        assert_eq!(share_of_cores(1 << 20), 1);
+        let (a, b) = (random_id().unwrap(), random_id().unwrap());
+        assert_eq!(a.len(), 32);
+        assert_ne!(a, b);
+        assert!(free_port(&a) > 0);
+    }
+
+    #[test]
+    fn the_worker_gets_the_same_run() {
+        let run = RunArgs { run: "r.json".into(), ranks: 2, sets: vec!["a.b=c d".into(), "e=".into()] };
+        let args = worker_args(&run, Path::new("out/r"));
+        assert_eq!(args, ["r.json", "--out", "out/r", "--set", "a.b=c d", "--set", "e="]);
+    }
+}

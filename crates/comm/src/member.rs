@@ -1,0 +1,454 @@
+//! A rank's handle on a group: checks arguments, opens each call with the others, waits with a deadline, keeps the ledger.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use shardwise_device::{DType, Slice, SliceMut};
+
+use crate::collectives;
+use crate::parts::Parts;
+use crate::segment::Segment;
+use crate::universe::{SLICE, Universe};
+use crate::word::{self, Seen, Word};
+use crate::{Call, CommError, Group, Ledger, Operation, Part, ProcessGroup};
+
+/// Keeps whatever must live as long as a rank uses any group of its world.
+pub(crate) type Anchor = Arc<dyn Send + Sync>;
+
+/// [`ProcessGroup`] over shared memory.
+pub(crate) struct Member {
+    pub(crate) name: String,
+    pub(crate) ranks: Vec<usize>,
+    pub(crate) me: usize,
+    pub(crate) universe: Arc<Universe>,
+    pub(crate) segment: Arc<Segment>,
+    state: Mutex<State>,
+    /// Last: outlives the leave-taking in `drop`.
+    anchor: Anchor,
+}
+
+/// Where this member is in the group's sequence of calls. The lock also keeps a second thread out of a call.
+pub(crate) struct State {
+    phase: u32,
+    num_collectives: u64,
+    /// Chunks and messages sent to, and received from, each member.
+    pub(crate) sent: Vec<(u32, u64)>,
+    pub(crate) received: Vec<(u32, u64)>,
+    ledger: Ledger,
+}
+
+impl State {
+    /// The phase that this member would publish next.
+    pub(crate) fn phase(&self) -> u32 {
+        self.phase
+    }
+}
+
+impl Member {
+    pub(crate) fn new(
+        name: String,
+        ranks: Vec<usize>,
+        me: usize,
+        universe: Arc<Universe>,
+        segment: Arc<Segment>,
+        anchor: Anchor,
+    ) -> Self {
+        let zeros = vec![(0, 0); ranks.len()];
+        let state = State {
+            phase: 0,
+            num_collectives: 0,
+            sent: zeros.clone(),
+            received: zeros,
+            ledger: Ledger::default(),
+        };
+        Member { name, ranks, me, universe, segment, state: Mutex::new(state), anchor }
+    }
+
+    fn size(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// Makes `error` everyone's, and returns what everyone gets.
+    pub(crate) fn fail(&self, error: CommError) -> CommError {
+        self.universe.fail(&error)
+    }
+
+    /// Arguments that cannot be right: the caller gets `error` itself; to the others this rank has given up.
+    fn refuse<T>(&self, error: CommError) -> Result<T, CommError> {
+        self.universe.check()?;
+        self.universe.fail(&error);
+        Err(error)
+    }
+
+    /// Runs one call and enters it in the ledger.
+    pub(crate) fn account<T>(
+        &self,
+        operation: Operation,
+        dtype: DType,
+        sent_numel: usize,
+        body: impl FnOnce(&mut State) -> Result<T, CommError>,
+    ) -> Result<T, CommError> {
+        let started = Instant::now();
+        let mut state: MutexGuard<'_, State> = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.universe.check()?;
+        let result = body(&mut state)?;
+        state.ledger.record(operation, sent_numel, dtype.size_bytes(), started.elapsed());
+        Ok(result)
+    }
+
+    /// Runs one collective.
+    fn collective<T>(
+        &self,
+        (operation, dtype, numel, detail): (Operation, DType, usize, u64),
+        sent_numel: usize,
+        body: impl FnOnce(&mut Exchange<'_>) -> Result<T, CommError>,
+    ) -> Result<T, CommError> {
+        self.account(operation, dtype, sent_numel, |state| {
+            let call = Call { operation, sequence: state.num_collectives, dtype, numel: numel as u64, detail };
+            state.num_collectives += 1;
+            body(&mut Exchange { member: self, phase: &mut state.phase, call, is_open: false })
+        })
+    }
+
+    /// Waits until `word` of member `peer` reaches `target`. `stuck` is asked now and then whether that can still happen.
+    pub(crate) fn wait_on(
+        &self,
+        word: &Word,
+        target: u32,
+        peer: usize,
+        call: &Call,
+        stuck: impl Fn() -> Option<CommError>,
+    ) -> Result<(), CommError> {
+        // The first sleep is short, so that what `stuck` finds is found soon.
+        let mut seen = word.wait(target, self.universe.num_spins(), Duration::from_millis(2));
+        if seen == Seen::Reached {
+            return Ok(());
+        }
+        let deadline = self.universe.options().deadline;
+        let (rank, waiting_rank) = (self.ranks[peer], self.universe.rank());
+        let started = Instant::now();
+        let result = loop {
+            match seen {
+                Seen::Reached => break Ok(()),
+                Seen::Left => {
+                    let group = self.name.clone();
+                    break Err(self.fail(CommError::Left { rank, waiting_rank, group, call: *call }));
+                }
+                Seen::Poisoned | Seen::Nothing => {
+                    if let Err(verdict) = self.universe.check() {
+                        break Err(verdict);
+                    }
+                }
+            }
+            if let Some(error) = stuck() {
+                break Err(self.fail(error));
+            }
+            let left = deadline.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                let (rank, group) = (self.universe.culprit(rank), self.name.clone());
+                break Err(self.fail(CommError::Stalled { rank, waiting_rank, group, call: *call, waited: deadline }));
+            }
+            self.universe.note_waiting(rank);
+            seen = word.wait(target, 0, left.min(SLICE));
+        };
+        self.universe.note_going();
+        result
+    }
+
+    fn check_sum(&self, operation: Operation, dtype: DType) -> Result<(), CommError> {
+        if dtype != DType::U8 {
+            return Ok(());
+        }
+        let expected = "`f32`, `bf16` or `f16`: bytes have no sum".to_owned();
+        self.refuse(CommError::WrongDType {
+            operation,
+            group: self.name.clone(),
+            what: "the input",
+            got: dtype,
+            expected,
+        })
+    }
+
+    fn check_numel(
+        &self,
+        operation: Operation,
+        what: &'static str,
+        got: usize,
+        expected: Option<usize>,
+    ) -> Result<(), CommError> {
+        let expected = expected.unwrap_or(usize::MAX);
+        if got == expected {
+            return Ok(());
+        }
+        let (group, group_size) = (self.name.clone(), self.size());
+        self.refuse(CommError::WrongLength { operation, group, group_size, what, got, expected })
+    }
+
+    fn check_dtype(
+        &self,
+        operation: Operation,
+        what: &'static str,
+        got: DType,
+        expected: DType,
+    ) -> Result<(), CommError> {
+        if got == expected {
+            return Ok(());
+        }
+        let (group, expected) = (self.name.clone(), format!("`{expected}`"));
+        self.refuse(CommError::WrongDType { operation, group, what, got, expected })
+    }
+
+    fn check_divisible(&self, operation: Operation, numel: usize) -> Result<usize, CommError> {
+        let (group, group_size) = (self.name.clone(), self.size());
+        if numel.is_multiple_of(group_size) {
+            return Ok(numel / group_size);
+        }
+        self.refuse(CommError::NotDivisible { operation, group, group_size, numel })
+    }
+
+    /// `rank` must be in the group, and another than this one unless `or_self`.
+    pub(crate) fn check_rank(&self, operation: Operation, rank: usize, or_self: OrSelf) -> Result<(), CommError> {
+        if rank < self.size() && (rank != self.me || or_self == OrSelf::Yes) {
+            return Ok(());
+        }
+        let (group, group_size) = (self.name.clone(), self.size());
+        self.refuse(CommError::NoSuchRank { operation, group, group_size, rank })
+    }
+}
+
+/// Whether a rank may name itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OrSelf {
+    Yes,
+    No,
+}
+
+impl ProcessGroup for Member {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn group_rank(&self) -> usize {
+        self.me
+    }
+
+    fn group_size(&self) -> usize {
+        self.size()
+    }
+
+    fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    fn all_reduce(&self, buffer: SliceMut<'_>) -> Result<(), CommError> {
+        let operation = Operation::AllReduce;
+        let (dtype, numel, n) = (buffer.dtype(), buffer.numel(), self.size());
+        self.check_sum(operation, dtype)?;
+        let sent = (2 * (n - 1) * numel).div_ceil(n);
+        self.collective((operation, dtype, numel, 0), sent, |x| collectives::all_reduce(x, buffer))
+    }
+
+    fn reduce_scatter(&self, input: &[Part<'_>], shard: SliceMut<'_>) -> Result<(), CommError> {
+        let operation = Operation::ReduceScatter;
+        let dtype = input.iter().find_map(Part::dtype).unwrap_or(shard.dtype());
+        let numel = shard.numel();
+        self.check_sum(operation, dtype)?;
+        for part in input {
+            self.check_dtype(operation, "a part", part.dtype().unwrap_or(dtype), dtype)?;
+        }
+        if shard.dtype() != DType::F32 {
+            self.check_dtype(operation, "the shard", shard.dtype(), dtype)?;
+        }
+        let got = input.iter().map(Part::numel).sum();
+        self.check_numel(operation, "the input", got, numel.checked_mul(self.size()))?;
+        let parts = Parts::new(input, dtype);
+        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
+            collectives::reduce_scatter(x, &parts, shard)
+        })
+    }
+
+    fn all_gather(&self, shard: Slice<'_>, full: SliceMut<'_>) -> Result<(), CommError> {
+        let operation = Operation::AllGather;
+        let (dtype, numel) = (shard.dtype(), shard.numel());
+        self.check_dtype(operation, "the result", full.dtype(), dtype)?;
+        self.check_numel(operation, "the result", full.numel(), numel.checked_mul(self.size()))?;
+        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
+            collectives::all_gather(x, Some(shard), full)
+        })
+    }
+
+    fn all_gather_in_place(&self, full: SliceMut<'_>) -> Result<(), CommError> {
+        let operation = Operation::AllGather;
+        let dtype = full.dtype();
+        let numel = self.check_divisible(operation, full.numel())?;
+        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
+            collectives::all_gather(x, None, full)
+        })
+    }
+
+    fn broadcast(&self, buffer: SliceMut<'_>, root: usize) -> Result<(), CommError> {
+        let operation = Operation::Broadcast;
+        let (dtype, numel) = (buffer.dtype(), buffer.numel());
+        self.check_rank(operation, root, OrSelf::Yes)?;
+        let sent = if self.me == root { (self.size() - 1) * numel } else { 0 };
+        self.collective((operation, dtype, numel, self.ranks[root] as u64), sent, |x| {
+            collectives::broadcast(x, buffer, root)
+        })
+    }
+
+    fn all_to_all(&self, input: Slice<'_>, output: SliceMut<'_>) -> Result<(), CommError> {
+        let operation = Operation::AllToAll;
+        let (dtype, numel) = (input.dtype(), input.numel());
+        self.check_dtype(operation, "the output", output.dtype(), dtype)?;
+        self.check_numel(operation, "the output", output.numel(), Some(numel))?;
+        let piece = self.check_divisible(operation, numel)?;
+        self.collective((operation, dtype, numel, 0), (self.size() - 1) * piece, |x| {
+            collectives::all_to_all(x, input, output)
+        })
+    }
+
+    fn send(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError> {
+        self.send_message(buffer, to)
+    }
+
+    fn recv(&self, buffer: SliceMut<'_>, from: usize) -> Result<(), CommError> {
+        self.receive_message(buffer, from)
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.collective((Operation::Barrier, DType::U8, 0, 0), 0, |x| {
+            if x.size() > 1 {
+                x.publish();
+                x.wait()?;
+            }
+            Ok(())
+        })
+    }
+
+    fn subgroup(&self, name: &str, ranks: &[usize]) -> Result<Option<Group>, CommError> {
+        let distinct = ranks.iter().enumerate().all(|(i, rank)| !ranks[..i].contains(rank));
+        if ranks.is_empty() || !distinct || !ranks.iter().all(|rank| self.ranks.contains(rank)) {
+            return self.refuse(CommError::BadSubgroup {
+                name: name.to_owned(),
+                group: self.name.clone(),
+                ranks: ranks.to_vec(),
+                parent_ranks: self.ranks.clone(),
+            });
+        }
+        let digest = digest(name, ranks);
+        let founder = self.ranks.iter().position(|&rank| rank == ranks[0]).expect("checked above");
+        let place = ranks.iter().position(|&rank| rank == self.universe.rank());
+        let segment = self.collective((Operation::Subgroup, DType::U8, 0, digest), 0, |x| {
+            collectives::share_segment(x, founder, place.is_some(), ranks.len())
+        })?;
+        let anchor = Arc::clone(&self.anchor);
+        Ok(place.zip(segment).map(|(me, segment)| {
+            let universe = Arc::clone(&self.universe);
+            Arc::new(Member::new(name.to_owned(), ranks.to_vec(), me, universe, segment, anchor)) as Group
+        }))
+    }
+
+    fn ledger(&self) -> Ledger {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).ledger
+    }
+
+    fn poison(&self, reason: &str) {
+        self.fail(CommError::GaveUp { rank: self.universe.rank(), reason: reason.to_owned() });
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.poison("its thread panicked");
+        }
+        self.segment.leave(self.me);
+    }
+}
+
+/// FNV-1a: enough to tell a different name or list by accident, not by design.
+fn digest(name: &str, ranks: &[usize]) -> u64 {
+    let ranks = ranks.iter().flat_map(|rank| rank.to_le_bytes());
+    name.bytes().chain([0]).chain(ranks).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// One collective in progress: this rank's slots to fill, the peers' to read, phase by phase.
+pub(crate) struct Exchange<'a> {
+    pub(crate) member: &'a Member,
+    phase: &'a mut u32,
+    call: Call,
+    is_open: bool,
+}
+
+impl Exchange<'_> {
+    pub(crate) fn size(&self) -> usize {
+        self.member.size()
+    }
+
+    pub(crate) fn me(&self) -> usize {
+        self.member.me
+    }
+
+    /// The other members, beginning after this one, so that not all read the same one at once.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let (n, me) = (self.size(), self.me());
+        (1..n).map(move |step| (me + step) % n)
+    }
+
+    /// Bytes of a slot.
+    pub(crate) fn slot_bytes(&self) -> usize {
+        self.member.segment.slot_bytes()
+    }
+
+    /// This rank's slot for the coming phase: to be filled, then published.
+    pub(crate) fn slot(&self) -> *mut u8 {
+        self.member.segment.slot(self.me(), *self.phase)
+    }
+
+    /// Shows the slot to the others.
+    pub(crate) fn publish(&mut self) {
+        let segment = &self.member.segment;
+        if !self.is_open {
+            // SAFETY: the post of this phase's parity was last read two phases ago, and every peer has published since.
+            unsafe { segment.post(self.me(), *self.phase).write(&self.call) };
+        }
+        segment.words()[self.me()].advance();
+        *self.phase = word::next(*self.phase);
+    }
+
+    /// Waits until all have published the phase; their slots may then be read until the next `publish`... of this rank.
+    pub(crate) fn wait(&mut self) -> Result<(), CommError> {
+        let Member { segment, .. } = self.member;
+        for peer in self.peers() {
+            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, || None)?;
+        }
+        if !self.is_open {
+            self.is_open = true;
+            self.compare_calls()?;
+        }
+        Ok(())
+    }
+
+    /// The slot that `peer` has published in the present phase.
+    pub(crate) fn shown(&self, peer: usize) -> *const u8 {
+        self.member.segment.slot(peer, self.phase.wrapping_sub(1))
+    }
+
+    /// All ranks compare all calls with the first member's and so come to the same judgement.
+    fn compare_calls(&self) -> Result<(), CommError> {
+        let Member { segment, ranks, name, .. } = self.member;
+        let phase = self.phase.wrapping_sub(1);
+        // SAFETY: every member has published this phase, which begins a call, and cannot publish another of this parity before
+        // this rank has published the next.
+        let posted = |member| unsafe { segment.post(member, phase).read() };
+        let call = posted(0);
+        let Some((other, other_call)) = (1..ranks.len()).map(|i| (i, posted(i))).find(|(_, other)| *other != call)
+        else {
+            return Ok(());
+        };
+        let (rank, other_rank) = (ranks[0], ranks[other]);
+        Err(self.member.fail(CommError::Mismatch { group: name.clone(), rank, call, other_rank, other_call }))
+    }
+}

@@ -1,0 +1,180 @@
+//! What a key table says, and how to look a key up in it.
+//!
+//! The tables in [`crate::keys`] list every key we know: its path, what it takes, its default, and what becomes of
+//! it. Every refusal, note and "did you mean" comes from them. To support another key later, change its [`Fate`] to
+//! [`Fate::Used`] and read it where the [`crate::RunConfig`] is assembled.
+
+use std::collections::BTreeMap;
+
+use crate::keys;
+use crate::value::join;
+
+/// One row of a table.
+pub(crate) struct Key {
+    /// The dotted path below the table's root.
+    pub path: &'static str,
+    pub kind: Kind,
+    pub default: Default,
+    pub fate: Fate,
+}
+
+/// What a key takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Kind {
+    Bool,
+    /// A whole number in a range, both ends included.
+    Int(i64, i64),
+    /// A number of at least this.
+    AtLeast(f64),
+    /// A number greater than this.
+    Above(f64),
+    /// A number in a range, the upper end excluded.
+    Within(f64, f64),
+    Text,
+    /// One of these words, in any case.
+    Choice(&'static [&'static str]),
+    Texts,
+    TextOrTexts,
+    /// The two decay rates of Adam.
+    Betas,
+    /// An object whose members have rows of their own.
+    Group,
+    TextOrGroup,
+    /// An object that is passed on as it is.
+    Object,
+    Any,
+}
+
+/// What holds when a key is not set.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Default {
+    /// Nothing: the key is optional, and `null` means the same.
+    None,
+    /// This value, written as JSON.
+    Is(&'static str),
+    /// This value, with a remark because users may expect another.
+    Remarkable(&'static str, &'static str),
+    /// The key has to be set; the text says how.
+    Required(&'static str),
+}
+
+/// What becomes of a value that has been set.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Fate {
+    /// It ends up in the [`crate::RunConfig`].
+    Used,
+    /// These values (as JSON) are taken, others are not supported yet. The text is the hint of the refusal.
+    Only(&'static [&'static str], &'static str),
+    /// These values ask for what is done in any case, and a note says so with this reason; others are refused.
+    Always(&'static [&'static str], &'static str),
+    /// Any value is taken, and a note says why it changes nothing.
+    NoEffect(&'static str),
+    /// A parameter of another optimizer or scheduler, named here.
+    BelongsTo(&'static str),
+    /// Refused, whatever the value.
+    Refused(&'static str),
+    /// A member of a group that is refused as a whole.
+    Inner,
+    /// Not a key at all, but people set it; the text says what to set instead.
+    Misplaced(&'static str),
+}
+
+impl Key {
+    /// `"auto"` is an ordinary value of this key.
+    pub fn takes_auto(&self) -> bool {
+        let listed = match self.fate {
+            Fate::Only(values, _) | Fate::Always(values, _) => values.contains(&"\"auto\""),
+            _ => false,
+        };
+        listed || matches!(self.kind, Kind::Choice(words) if words.contains(&"auto")) || self.kind == Kind::Any
+    }
+}
+
+impl Kind {
+    /// "expected ...", as messages say it.
+    pub fn describe(&self) -> String {
+        match *self {
+            Kind::Bool => "`true` or `false`".to_string(),
+            Kind::Int(min, i64::MAX) => format!("a whole number of at least {min}"),
+            Kind::Int(min, max) => format!("a whole number from {min} to {max}"),
+            Kind::AtLeast(min) => format!("a number of at least {min}"),
+            Kind::Above(f64::NEG_INFINITY) => "a number".to_string(),
+            Kind::Above(min) => format!("a number above {min}"),
+            Kind::Within(min, max) => format!("a number of at least {min} and below {max}"),
+            Kind::Text => "text".to_string(),
+            Kind::Choice(words) => {
+                let words: Vec<_> = words.iter().map(|word| format!("`\"{word}\"`")).collect();
+                match words.split_last() {
+                    Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+                    _ => words.join(""),
+                }
+            }
+            Kind::Texts => "a list of texts".to_string(),
+            Kind::TextOrTexts => "text or a list of texts".to_string(),
+            Kind::Betas => "two numbers of at least 0 and below 1".to_string(),
+            Kind::Group | Kind::Object => "an object".to_string(),
+            Kind::TextOrGroup => "text or an object".to_string(),
+            Kind::Any => "any value".to_string(),
+        }
+    }
+}
+
+/// Every known key by its full path in the run file's tree.
+pub(crate) struct Schema {
+    keys: BTreeMap<String, &'static Key>,
+    aliases: BTreeMap<String, String>,
+}
+
+impl Schema {
+    pub fn new() -> Schema {
+        let mut keys = BTreeMap::new();
+        for (root, table) in keys::TABLES {
+            for key in table.iter() {
+                keys.insert(join(root, key.path), key);
+            }
+        }
+        let full = |path: &str| join(keys::DEEPSPEED, path);
+        let aliases =
+            keys::deepspeed::ALIASES.iter().map(|(alias, key)| (full(alias), full(key))).collect();
+        Schema { keys, aliases }
+    }
+
+    pub fn key(&self, path: &str) -> Option<&'static Key> {
+        self.keys.get(path).copied()
+    }
+
+    /// The path of the key that `path` is another name of, or `path` itself.
+    pub fn canonical<'a>(&'a self, path: &'a str) -> &'a str {
+        self.aliases.get(path).map_or(path, String::as_str)
+    }
+
+    /// Every key with its full path.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &'static Key)> {
+        self.keys.iter().map(|(path, key)| (path.as_str(), *key))
+    }
+
+    /// A known key that `name` inside `group` may stand for: a sibling spelled alike, or else the only key of
+    /// that name anywhere.
+    pub fn suggest(&self, group: &str, name: &str) -> Option<String> {
+        let settable =
+            || self.iter().filter(|(_, key)| !matches!(key.fate, Fate::Misplaced(_))).map(|(path, _)| split(path));
+        let sibling = settable()
+            .filter(|(parent, _)| *parent == group)
+            .map(|(_, sibling)| (strsim::normalized_damerau_levenshtein(name, sibling), sibling))
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+            .filter(|(likeness, _)| *likeness >= 0.6);
+        if let Some((_, sibling)) = sibling {
+            return Some(sibling.to_string());
+        }
+        let mut elsewhere = settable().filter(|(_, other)| *other == name);
+        match (elsewhere.next(), elsewhere.next()) {
+            (Some((parent, name)), None) => Some(join(parent, name)),
+            _ => None,
+        }
+    }
+}
+
+/// A path's group and its last part.
+fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('.').unwrap_or(("", path))
+}

@@ -1,0 +1,78 @@
+//! What can go wrong while training.
+
+use shardwise_torch::TorchError;
+use shardwise_torch::tch::TchError;
+use shardwise_zero::ZeroError;
+
+/// Errors of the engine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// Sharded state or a collective.
+    #[error(transparent)]
+    Zero(#[from] ZeroError),
+    /// An operation of libtorch.
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+    /// A layer failed.
+    #[error("layer `{layer}`, {pass}")]
+    Layer {
+        /// The layer's name.
+        layer: String,
+        /// `forward` or `backward`.
+        pass: &'static str,
+        /// Why.
+        #[source]
+        source: Box<EngineError>,
+    },
+    /// A layer asked for a parameter that it does not declare.
+    #[error("no parameter `{key}`, the layer declares {declared:?}")]
+    NoSuchParam {
+        /// The key asked for.
+        key: String,
+        /// What there is.
+        declared: Vec<String>,
+    },
+    /// Two layers declare one parameter with different shapes.
+    #[error("tied parameter `{name}` has shape `{first:?}` in one layer and `{second:?}` in another")]
+    TiedShapes {
+        /// The parameter.
+        name: String,
+        /// Shape where it is owned.
+        first: Vec<usize>,
+        /// Shape where it is used again.
+        second: Vec<usize>,
+    },
+    /// The last layer gave something else than a loss.
+    #[error("the last layer's output has shape `{shape:?}`, expected a scalar loss")]
+    LossNotScalar {
+        /// Its shape.
+        shape: Vec<i64>,
+    },
+    /// A model without layers.
+    #[error("a model needs at least one layer")]
+    NoLayers,
+    /// A pattern of frozen or undecayed parameters matches none.
+    #[error("pattern `{pattern}` of `{list}` matches no parameter")]
+    PatternMatchesNothing {
+        /// The pattern.
+        pattern: String,
+        /// Which list it is in.
+        list: &'static str,
+    },
+    /// The data for a micro-batch could not be had.
+    #[error("could not read the batch of micro-batch `{microbatch}`")]
+    Batch {
+        /// The micro-batch.
+        microbatch: usize,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl From<TchError> for EngineError {
+    fn from(error: TchError) -> Self {
+        EngineError::Torch(error.into())
+    }
+}

@@ -1,0 +1,30 @@
+//! Token (and position) embeddings.
+
+use shardwise_engine::{Context, EngineError, Layer, Params};
+use shardwise_plan::LayerSpec;
+use shardwise_torch::{Kind, Tensor};
+
+/// Turns token ids into vectors.
+///
+/// # Shapes
+/// - input: `[batch, seq]`, `i64`; output: `[batch, seq, hidden]`
+pub(crate) struct Embedding {
+    pub spec: LayerSpec,
+    /// Keys of the token table and, where positions are learned, of theirs.
+    pub token_key: &'static str,
+    pub position_key: Option<&'static str>,
+}
+
+impl Layer for Embedding {
+    fn spec(&self) -> LayerSpec {
+        self.spec.clone()
+    }
+
+    fn forward(&self, _: &Context<'_>, params: &Params<'_>, input: &Tensor) -> Result<Tensor, EngineError> {
+        let tokens = Tensor::f_embedding(params.get(self.token_key)?, input, -1, false, false)?;
+        let Some(key) = self.position_key else { return Ok(tokens) };
+        let seq = input.size()[1];
+        let positions = Tensor::f_arange(seq, (Kind::Int64, input.device()))?;
+        Ok(tokens.f_add(&Tensor::f_embedding(params.get(key)?, &positions, -1, false, false)?)?)
+    }
+}

@@ -1,0 +1,69 @@
+//! GPT-2's forward pass.
+
+use shardwise_engine::{Context, EngineError, Layer, Params, ops};
+use shardwise_plan::LayerSpec;
+use shardwise_plan::zoo::Gpt2Config;
+use shardwise_torch::Tensor;
+
+use crate::embedding::Embedding;
+use crate::head::{FinalNorm, LmHead};
+
+pub(crate) fn layers(config: &Gpt2Config) -> Vec<Box<dyn Layer>> {
+    let mut specs = config.layers();
+    let head = specs.pop().expect("a model ends with its head");
+    let mut specs = specs.into_iter();
+    let embedding = specs.next().expect("a model begins with its embeddings");
+    let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(Embedding {
+        spec: embedding,
+        token_key: "wte.weight",
+        position_key: Some("wpe.weight"),
+    })];
+    for spec in specs {
+        layers.push(Box::new(Block { spec, config: config.clone() }));
+    }
+    let norm = FinalNorm::Layer { eps: config.layer_norm_epsilon };
+    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "ln_f" }));
+    layers
+}
+
+/// One decoder block: attention and MLP, each behind a norm and beside a residual.
+struct Block {
+    spec: LayerSpec,
+    config: Gpt2Config,
+}
+
+impl Layer for Block {
+    fn spec(&self) -> LayerSpec {
+        self.spec.clone()
+    }
+
+    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+        let x_btd = x_btd.f_add(&self.attention(params, &self.norm(params, "ln_1", x_btd)?)?)?;
+        let hidden = conv1d(params, "mlp.c_fc", &self.norm(params, "ln_2", &x_btd)?)?.f_gelu("tanh")?;
+        Ok(x_btd.f_add(&conv1d(params, "mlp.c_proj", &hidden)?)?)
+    }
+}
+
+impl Block {
+    fn attention(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+        let (b, t, d) = x_btd.size3()?;
+        let heads = self.config.n_head as i64;
+        let qkv = conv1d(params, "attn.c_attn", x_btd)?.f_split(d, 2)?;
+        let split = |x: &Tensor| -> Result<Tensor, EngineError> {
+            Ok(x.f_reshape([b, t, heads, d / heads])?.f_transpose(1, 2)?)
+        };
+        let out = ops::causal_attention(&split(&qkv[0])?, &split(&qkv[1])?, &split(&qkv[2])?)?;
+        conv1d(params, "attn.c_proj", &out.f_transpose(1, 2)?.f_reshape([b, t, d])?)
+    }
+
+    fn norm(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
+        let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
+        ops::layer_norm(x, weight, bias, self.config.layer_norm_epsilon)
+    }
+}
+
+/// A linear map whose matrix is kept as `[in, out]`.
+fn conv1d(params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
+    let weight = params.get(&format!("{name}.weight"))?;
+    Ok(x.f_matmul(weight)?.f_add(params.get(&format!("{name}.bias"))?)?)
+}

@@ -1,0 +1,106 @@
+//! Hugging Face folders: `config.json` and `*.safetensors`.
+
+use std::ops::Range;
+use std::path::Path;
+
+use serde_json::Value;
+use shardwise_checkpoint::{FileDType, HfReader, HfWriter, TensorMeta};
+use shardwise_engine::{BoxError, Engine, ParamSource};
+use shardwise_plan::zoo::ModelConfig;
+use shardwise_plan::{LayerSpec, ParamSpec};
+
+use crate::ModelError;
+
+/// Files larger than this are split, as Hugging Face's tools do.
+const MAX_FILE_BYTES: u64 = 5_000_000_000;
+
+/// Reads `config.json` in `dir`: what it means to us, and all that it says.
+///
+/// # Errors
+/// [`ModelError::ReadConfig`], [`ModelError::ParseConfig`], [`ModelError::Config`], which name the file.
+pub fn read_config(dir: &Path) -> Result<(ModelConfig, Value), ModelError> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|source| ModelError::ReadConfig { path: path.clone(), source })?;
+    let json: Value = serde_json::from_str(&text)
+        .map_err(|source| ModelError::ParseConfig { path: path.clone(), source })?;
+    let config = ModelConfig::from_json(&json).map_err(|source| ModelError::Config { path, source })?;
+    Ok((config, json))
+}
+
+/// Parameters from a Hugging Face folder, read by element range.
+#[derive(Debug)]
+pub struct HfSource {
+    reader: HfReader,
+}
+
+impl HfSource {
+    /// Opens the weights in `dir` and checks that every parameter of `layers` is there with its shape.
+    ///
+    /// # Errors
+    /// [`ModelError::Weights`], which names the file and the tensor.
+    pub fn open(dir: &Path, layers: &[LayerSpec]) -> Result<Self, ModelError> {
+        let source = HfSource { reader: HfReader::open(dir)? };
+        for param in layers.iter().flat_map(|layer| &layer.params) {
+            source.reader.expect(source.name_in_file(&param.name), &param.shape)?;
+        }
+        Ok(source)
+    }
+
+    /// Some files hold the bare decoder, without the prefix that the language model puts before its names.
+    fn name_in_file<'a>(&self, name: &'a str) -> &'a str {
+        match name.split_once('.') {
+            Some(("model" | "transformer", bare))
+                if !self.reader.contains(name) && self.reader.contains(bare) =>
+            {
+                bare
+            }
+            _ => name,
+        }
+    }
+}
+
+impl ParamSource for HfSource {
+    fn fill(&mut self, param: &ParamSpec, range: Range<usize>, out: &mut [f32]) -> Result<(), BoxError> {
+        Ok(self.reader.read_range_f32(self.name_in_file(&param.name), range, out)?)
+    }
+}
+
+/// Writes the model's master weights to `dir` in fp32, with `config` as its `config.json`; rank 0 writes, the others help
+/// to gather. Needs memory for one layer.
+///
+/// # Collective
+/// Every rank calls.
+/// # Errors
+/// [`ModelError::Weights`] or [`ModelError::Write`], on rank 0; a failed collective.
+pub fn save_hf(engine: &mut Engine, dir: &Path, config: &Value) -> Result<(), ModelError> {
+    let is_writer = engine.zero().group().group_rank() == 0;
+    let metas = engine
+        .zero()
+        .layouts()
+        .flat_map(|layout| &layout.slots)
+        .map(|slot| TensorMeta {
+            name: slot.param.name.clone(),
+            shape: slot.param.shape.clone(),
+            dtype: FileDType::F32,
+        })
+        .collect::<Vec<_>>();
+    let mut writer = if is_writer { Some(HfWriter::create(dir, &metas, MAX_FILE_BYTES)?) } else { None };
+    engine.for_each_param::<ModelError>(|param, values| match &mut writer {
+        Some(writer) => Ok(writer.write(&param.name, values)?),
+        None => Ok(()),
+    })?;
+    if let Some(writer) = writer {
+        let path = dir.join("config.json");
+        let mut config = config.clone();
+        if let Some(object) = config.as_object_mut() {
+            // Newer files say `dtype`, older ones `torch_dtype`.
+            let key = if object.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            object.insert(key.into(), "float32".into());
+        }
+        let text = format!("{config:#}\n");
+        std::fs::write(&path, text).map_err(|source| ModelError::Write { path, source })?;
+        writer.finish()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! Llama's forward pass.
+//!
+//! Shape letters: B batch, T sequence, D hidden size, H heads, K key-value heads, E head width, F MLP width.
+
+use std::sync::{Arc, Mutex};
+
+use shardwise_engine::ops::{Rotary, RotaryTable};
+use shardwise_engine::{Context, EngineError, Layer, Params, ops};
+use shardwise_plan::LayerSpec;
+use shardwise_plan::zoo::LlamaConfig;
+use shardwise_torch::Tensor;
+
+use crate::ModelError;
+use crate::embedding::Embedding;
+use crate::head::{FinalNorm, LmHead};
+
+pub(crate) fn layers(config: &LlamaConfig) -> Result<Vec<Box<dyn Layer>>, ModelError> {
+    let rotary = Rotary { head_dim: config.head_dim, theta: config.rope_theta, scaling: config.rope_scaling };
+    let table = Arc::new(Mutex::new(rotary.table(config.max_position_embeddings)?));
+    let mut specs = config.layers();
+    let head = specs.pop().expect("a model ends with its head");
+    let mut specs = specs.into_iter();
+    let embedding = specs.next().expect("a model begins with its embedding");
+    let mut layers: Vec<Box<dyn Layer>> =
+        vec![Box::new(Embedding { spec: embedding, token_key: "weight", position_key: None })];
+    for spec in specs {
+        layers.push(Box::new(Block { spec, config: config.clone(), table: table.clone() }));
+    }
+    let norm = FinalNorm::Rms { eps: config.rms_norm_eps };
+    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "norm" }));
+    Ok(layers)
+}
+
+/// One decoder block: attention and MLP, each behind a norm and beside a residual.
+struct Block {
+    spec: LayerSpec,
+    config: LlamaConfig,
+    /// Shared by all blocks of this model. Tensors are not `Sync`, hence the lock; nobody ever waits for it.
+    table: Arc<Mutex<RotaryTable>>,
+}
+
+impl Layer for Block {
+    fn spec(&self) -> LayerSpec {
+        self.spec.clone()
+    }
+
+    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+        let eps = self.config.rms_norm_eps;
+        let normed = ops::rms_norm(x_btd, params.get("input_layernorm.weight")?, eps)?;
+        let x_btd = x_btd.f_add(&self.attention(params, &normed)?)?;
+        let normed = ops::rms_norm(&x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
+        Ok(x_btd.f_add(&self.mlp(params, &normed)?)?)
+    }
+}
+
+impl Block {
+    fn attention(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+        let (b, t, _) = x_btd.size3()?;
+        let e = self.config.head_dim as i64;
+        let project = |name: &str| self.linear(params, &format!("self_attn.{name}"), x_btd);
+        let heads =
+            |x: Tensor| -> Result<Tensor, EngineError> { Ok(x.f_view([b, t, -1, e])?.f_transpose(1, 2)?) };
+        let table = self.table.lock().expect("nobody panics while holding the table");
+        let q_bhte = table.rotate(&heads(project("q_proj")?)?)?;
+        let k_bkte = table.rotate(&heads(project("k_proj")?)?)?;
+        drop(table);
+        let v_bkte = heads(project("v_proj")?)?;
+        let out_bhte = ops::causal_attention(&q_bhte, &k_bkte, &v_bkte)?;
+        let out = out_bhte.f_transpose(1, 2)?.f_reshape([b, t, -1])?;
+        self.linear(params, "self_attn.o_proj", &out)
+    }
+
+    fn mlp(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+        let gate_btf = self.linear(params, "mlp.gate_proj", x_btd)?;
+        let up_btf = self.linear(params, "mlp.up_proj", x_btd)?;
+        self.linear(params, "mlp.down_proj", &ops::swiglu(&gate_btf, &up_btf)?)
+    }
+
+    fn linear(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
+        ops::linear(x, params.get(&format!("{name}.weight"))?, params.find(&format!("{name}.bias")))
+    }
+}

@@ -1,0 +1,156 @@
+//! The GPT-2 family: LayerNorm, learned positions, multi-head attention, GELU.
+//!
+//! Hugging Face keeps its matrices as `[in, out]`; so do we, since the files are read element by element.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::reader::{Reader, invalid};
+use super::{ModelConfigError, normal};
+use crate::param::{Init, LayerSpec, ParamSpec};
+
+/// What a GPT-2 `config.json` says.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Gpt2Config {
+    /// Token ids.
+    pub vocab_size: usize,
+    /// Longest sequence: positions are learned.
+    pub n_positions: usize,
+    /// Width between layers.
+    pub n_embd: usize,
+    /// Blocks.
+    pub n_layer: usize,
+    /// Heads.
+    pub n_head: usize,
+    /// Width of the MLP.
+    pub n_inner: usize,
+    /// Added to the variance.
+    pub layer_norm_epsilon: f64,
+    /// Whether the head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of new weights.
+    pub initializer_range: f64,
+}
+
+impl Gpt2Config {
+    /// Reads the content of a `config.json`.
+    ///
+    /// # Errors
+    /// [`ModelConfigError`], which names the key.
+    pub fn from_json(json: &Value) -> Result<Self, ModelConfigError> {
+        let read = Reader(json);
+        let gelu = [json!("gelu_new"), json!("gelu_pytorch_tanh")];
+        read.only("activation_function", &gelu, "the MLP uses `gelu_new`")?;
+        read.only("scale_attn_weights", &[json!(true)], "scores are scaled by the head's width")?;
+        read.only(
+            "scale_attn_by_inverse_layer_idx",
+            &[json!(false)],
+            "scores are scaled alike in every layer",
+        )?;
+        read.only("add_cross_attention", &[json!(false)], "only the decoder is built")?;
+        for (key, default) in [("resid_pdrop", 0.1), ("embd_pdrop", 0.1), ("attn_pdrop", 0.1)] {
+            read.no_dropout(key, default)?;
+        }
+        let (n_embd, n_head) = (read.size("n_embd")?, read.size("n_head")?);
+        if !n_embd.is_multiple_of(n_head) {
+            return Err(invalid(
+                "n_head",
+                &json!(n_head),
+                format!("a divisor of `n_embd`, which is {n_embd}"),
+            ));
+        }
+        Ok(Gpt2Config {
+            vocab_size: read.size("vocab_size")?,
+            n_positions: read.size_or("n_positions", Some(1024))?,
+            n_embd,
+            n_layer: read.size("n_layer")?,
+            n_head,
+            n_inner: read.size_or("n_inner", Some(4 * n_embd))?,
+            layer_norm_epsilon: read.number_or("layer_norm_epsilon", 1e-5)?,
+            tie_word_embeddings: read.flag_or("tie_word_embeddings", true)?,
+            initializer_range: read.number_or("initializer_range", 0.02)?,
+        })
+    }
+
+    /// Embeddings, blocks, head (with the final norm).
+    pub fn layers(&self) -> Vec<LayerSpec> {
+        let d = self.n_embd;
+        let embedding = ParamSpec::new("transformer", "wte.weight", &[self.vocab_size, d], self.init());
+        let positions = ParamSpec::new("transformer", "wpe.weight", &[self.n_positions, d], self.init());
+        let mut head = LayerSpec {
+            name: "lm_head".into(),
+            params: vec![
+                ParamSpec::new("transformer", "ln_f.weight", &[d], Init::Ones),
+                ParamSpec::new("transformer", "ln_f.bias", &[d], Init::Zeros),
+            ],
+        };
+        head.params.push(match self.tie_word_embeddings {
+            true => ParamSpec { key: "weight".into(), ..embedding.clone() },
+            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, d], self.init()),
+        });
+        let mut layers =
+            vec![LayerSpec { name: "transformer.embeddings".into(), params: vec![embedding, positions] }];
+        layers.extend((0..self.n_layer).map(|i| self.block(i)));
+        layers.push(head);
+        layers
+    }
+
+    fn block(&self, index: usize) -> LayerSpec {
+        let name = format!("transformer.h.{index}");
+        let (d, f) = (self.n_embd, self.n_inner);
+        // Residual branches are born smaller, by the square root of how many there are.
+        let residual = normal(self.initializer_range / (2.0 * self.n_layer as f64).sqrt());
+        let mut params = Vec::new();
+        let mut push =
+            |key: &str, shape: &[usize], init| params.push(ParamSpec::new(&name, key, shape, init));
+        push("ln_1.weight", &[d], Init::Ones);
+        push("ln_1.bias", &[d], Init::Zeros);
+        push("attn.c_attn.weight", &[d, 3 * d], self.init());
+        push("attn.c_attn.bias", &[3 * d], Init::Zeros);
+        push("attn.c_proj.weight", &[d, d], residual);
+        push("attn.c_proj.bias", &[d], Init::Zeros);
+        push("ln_2.weight", &[d], Init::Ones);
+        push("ln_2.bias", &[d], Init::Zeros);
+        push("mlp.c_fc.weight", &[d, f], self.init());
+        push("mlp.c_fc.bias", &[f], Init::Zeros);
+        push("mlp.c_proj.weight", &[f, d], residual);
+        push("mlp.c_proj.bias", &[d], Init::Zeros);
+        LayerSpec { name, params }
+    }
+
+    fn init(&self) -> Init {
+        normal(self.initializer_range)
+    }
+
+    /// See [`super::ModelConfig::kept_elements_per_token`].
+    pub fn kept_elements_per_token(&self) -> usize {
+        let (d, f) = (self.n_embd, self.n_inner);
+        // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
+        // its activation.
+        3 * d + 3 * d + d + 2 * f
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_gpt2_124m() {
+        let json = json!({"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+                          "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0});
+        let layers = Gpt2Config::from_json(&json).unwrap().layers();
+        let units = crate::layout::units_of(&layers, 1, |_| false);
+        assert_eq!(units.iter().map(|u| u.numel()).sum::<usize>(), 124_439_808);
+    }
+
+    #[test]
+    fn its_default_dropout_is_refused_with_the_mend() {
+        let json = json!({"vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2});
+        let error = Gpt2Config::from_json(&json).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`resid_pdrop` is `0.1`, which is not supported yet; write it as `0.0`"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,102 @@
+//! The shim's functions, as declared in `shim/shim.h`.
+
+use std::ffi::{CStr, c_char, c_void};
+
+use tch::Tensor;
+
+use crate::TorchError;
+
+/// `at::Tensor`, always behind a pointer.
+#[repr(C)]
+pub(crate) struct AtTensor {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct Backward {
+    pub context: *mut c_void,
+    pub run: unsafe extern "C" fn(
+        *mut c_void,
+        *const *const AtTensor,
+        usize,
+        *const *const AtTensor,
+        usize,
+        *const u8,
+        *mut *mut AtTensor,
+        usize,
+    ) -> *mut c_char,
+    pub release: unsafe extern "C" fn(*mut c_void),
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct MemoryStats {
+    pub live_bytes: u64,
+    pub cached_bytes: u64,
+    pub peak_live_bytes: u64,
+    pub num_mappings: u64,
+}
+
+unsafe extern "C" {
+    pub(crate) fn sw_free_message(message: *mut c_char);
+    pub(crate) fn sw_grad(
+        outputs: *const *const AtTensor,
+        grad_outputs: *const *const AtTensor,
+        num_outputs: usize,
+        inputs: *const *const AtTensor,
+        num_inputs: usize,
+        results: *mut *mut AtTensor,
+    ) -> *mut c_char;
+    pub(crate) fn sw_set_storage(tensor: *const AtTensor, data: *mut c_void, num_bytes: usize)
+    -> *mut c_char;
+    pub(crate) fn sw_link(
+        backward: Backward,
+        inputs: *const *const AtTensor,
+        num_inputs: usize,
+        outputs: *const *const AtTensor,
+        num_outputs: usize,
+        saved: *const *const AtTensor,
+        is_output: *const u8,
+        num_saved: usize,
+    ) -> *mut c_char;
+    pub(crate) fn sw_install_allocator();
+    pub(crate) fn sw_memory_stats() -> MemoryStats;
+    pub(crate) fn sw_reset_peak();
+    pub(crate) fn sw_release_cached();
+}
+
+/// The `at::Tensor` behind a tch tensor.
+pub(crate) fn raw(tensor: &Tensor) -> *const AtTensor {
+    tensor.as_ptr().cast()
+}
+
+/// Takes a new `at::Tensor` from the shim; null is no tensor.
+///
+/// # Safety
+/// `pointer` is null or an `at::Tensor` that the shim allocated for the caller.
+pub(crate) unsafe fn adopt(pointer: *mut AtTensor) -> Option<Tensor> {
+    // SAFETY: the caller hands over ownership of a valid tensor.
+    (!pointer.is_null()).then(|| unsafe { Tensor::from_ptr(pointer.cast()) })
+}
+
+/// Another handle on a tensor that the shim lends; null is no tensor.
+///
+/// # Safety
+/// `pointer` is null or a valid `at::Tensor` for the duration of the call.
+pub(crate) unsafe fn borrow(pointer: *const AtTensor) -> Option<Tensor> {
+    // SAFETY: the tensor is valid now; the clone counts its own reference.
+    (!pointer.is_null()).then(|| unsafe { Tensor::clone_from_ptr(pointer.cast_mut().cast()) })
+}
+
+/// Turns the shim's message into a result.
+pub(crate) fn check(operation: &'static str, message: *mut c_char) -> Result<(), TorchError> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the shim returns a NUL-terminated string that is ours to read and to free once.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    // SAFETY: as above; the text was copied.
+    unsafe { sw_free_message(message) };
+    let message = text.lines().next().unwrap_or_default().to_owned();
+    Err(TorchError::Shim { operation, message })
+}

@@ -1,0 +1,90 @@
+//! The state of one unit on one rank.
+
+use std::ops::Range;
+
+use shardwise_comm::Work;
+use shardwise_device::{Buffer, DType};
+use shardwise_plan::{UnitLayout, ZeroStage};
+
+use crate::StateBytes;
+use crate::lane::Pending;
+
+/// One unit: its layout and what this rank holds of it.
+pub(crate) struct Unit {
+    pub layout: UnitLayout,
+    /// The elements whose optimizer state this rank keeps: its shard, or everything in stage 0.
+    pub owned: Range<usize>,
+    pub params: ParamState,
+    /// Absent for frozen parameters.
+    pub trained: Option<Trained>,
+}
+
+/// Where the compute copy of the parameters is.
+pub(crate) enum ParamState {
+    /// The whole copy is here, always (stages 0 to 2).
+    Resident(Buffer),
+    /// The whole copy is being completed after a step (stages 1 and 2).
+    Completing(Work<Buffer>),
+    /// Only the shard is here (stage 3).
+    Sharded { shard: Buffer },
+    /// The shard is on loan to an all-gather.
+    Gathering(Work<(Buffer, Buffer)>),
+    /// The whole copy is here beside the shard.
+    Gathered { shard: Buffer, full: Buffer },
+    /// Between two of the others, within one call; or for ever, after an error.
+    Moving,
+}
+
+/// State of trainable parameters. Master weights and moments cover `Unit::owned`.
+pub(crate) struct Trained {
+    /// fp32 weights; `None` when the model computes in fp32, for then they are the compute copy.
+    pub master: Option<Buffer>,
+    pub exp_avg: Buffer,
+    pub exp_avg_sq: Buffer,
+    pub grad: GradState,
+    /// Consecutive ranges of `owned` with their weight decay.
+    pub decay: Vec<(Range<usize>, f64)>,
+}
+
+/// The fp32 gradient, summed over micro-batches and, once reduced, over ranks.
+pub(crate) enum GradState {
+    /// The whole unit's (stage 0, and stage 1 with accumulation); its `owned` range is what a step reads.
+    Full(Buffer),
+    /// This rank's shard.
+    Shard(Buffer),
+    /// On its way: the whole unit's.
+    ReducingFull(Pending<Buffer>),
+    /// On its way: the shard, with the input buffer that goes back to the pool.
+    ReducingShard { work: Pending<(Buffer, Buffer)>, add_to: Option<Buffer> },
+    /// As [`ParamState::Moving`].
+    Moving,
+}
+
+impl Unit {
+    /// The elements a rank keeps optimizer state of.
+    pub fn owned_range(layout: &UnitLayout, stage: ZeroStage, group_rank: usize) -> Range<usize> {
+        if stage.shards_optimizer() { layout.shard_range(group_rank) } else { 0..layout.padded_numel }
+    }
+
+    /// Bytes held when nothing is gathered or under way.
+    pub fn state_bytes(&self, stage: ZeroStage, compute: DType, grad_accum_steps: usize) -> StateBytes {
+        let (all, shard) = (self.layout.padded_numel, self.layout.shard_numel());
+        let params = if stage.shards_parameters() { shard } else { all } * compute.size_bytes();
+        let Some(trained) = &self.trained else { return StateBytes { params, ..StateBytes::default() } };
+        StateBytes {
+            params,
+            master_params: trained.master.as_ref().map_or(0, Buffer::num_bytes),
+            optimizer: trained.exp_avg.num_bytes() + trained.exp_avg_sq.num_bytes(),
+            grads: if keeps_full_grad(stage, grad_accum_steps) { all } else { shard } * 4,
+        }
+    }
+}
+
+/// Whether a rank keeps the whole unit's gradient.
+pub(crate) fn keeps_full_grad(stage: ZeroStage, grad_accum_steps: usize) -> bool {
+    match stage {
+        ZeroStage::Zero => true,
+        ZeroStage::One => grad_accum_steps > 1,
+        ZeroStage::Two | ZeroStage::Three => false,
+    }
+}
