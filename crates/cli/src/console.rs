@@ -6,12 +6,12 @@ use std::io::{IsTerminal, Write};
 #[derive(Debug)]
 pub struct UsageError {
     pub message: String,
-    pub hint: Option<String>,
+    pub hint: String,
 }
 
 impl UsageError {
-    pub fn new(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
-        anyhow::Error::new(UsageError { message: message.into(), hint: Some(hint.into()) })
+    pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        UsageError { message: message.into(), hint: hint.into() }
     }
 }
 

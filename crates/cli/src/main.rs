@@ -19,6 +19,7 @@ mod worker_binary;
 use std::process::ExitCode;
 
 use clap::Parser;
+use shardwise_config::ConfigErrors;
 
 use crate::args::{Cli, Command};
 use crate::console::UsageError;
@@ -55,10 +56,21 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
     };
-    let exit = result.unwrap_or_else(|error| {
-        let usage = error.downcast_ref::<UsageError>();
-        console::print_error(&format!("{error:#}"), usage.and_then(|usage| usage.hint.as_deref()));
-        if usage.is_some() { Exit::Usage } else { Exit::Failed }
-    });
-    exit.into()
+    result.unwrap_or_else(|error| tell(&error)).into()
+}
+
+/// Prints an error and says how the command ends with it.
+fn tell(error: &anyhow::Error) -> Exit {
+    if let Some(problems) = error.downcast_ref::<ConfigErrors>() {
+        problems
+            .iter()
+            .for_each(|problem| console::print_error(&problem.to_string(), problem.hint().as_deref()));
+        Exit::Usage
+    } else if let Some(usage) = error.downcast_ref::<UsageError>() {
+        console::print_error(&usage.message, Some(&usage.hint));
+        Exit::Usage
+    } else {
+        console::print_error(&format!("{error:#}"), None);
+        Exit::Failed
+    }
 }

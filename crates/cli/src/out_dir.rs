@@ -27,14 +27,16 @@ pub struct OutDir {
 }
 
 impl OutDir {
-    /// Makes the folder, private to this user, and takes it.
-    pub fn prepare(folder: &Path, existing: Existing) -> anyhow::Result<Self> {
+    /// Makes the folder, private to this user, and takes it. `inputs` are the files and folders that the new run
+    /// reads: it may start from the model that an earlier run left here.
+    pub fn prepare(folder: &Path, existing: Existing, inputs: &[PathBuf]) -> anyhow::Result<Self> {
         let run = RunDir::new(folder);
         if existing == Existing::Refuse && run.metrics().exists() {
             return Err(UsageError::new(
                 format!("`{}` already holds a run", folder.display()),
                 "choose another folder with `--out`, or pass `--overwrite` to replace that run",
-            ));
+            )
+            .into());
         }
         DirBuilder::new().recursive(true).mode(0o700).create(run.ranks()).map_err(|error| {
             UsageError::new(
@@ -43,9 +45,13 @@ impl OutDir {
             )
         })?;
         let lock = lock(&run)?;
-        remove_attempt(&run)
-            .and_then(|()| if existing == Existing::Replace { remove_results(&run) } else { Ok(()) })
-            .with_context(|| format!("could not clear `{}`", folder.display()))?;
+        let clear = || format!("could not clear `{}`", folder.display());
+        let mut earlier = attempt(&run).with_context(clear)?;
+        if existing == Existing::Replace {
+            earlier.extend(results(&run).with_context(clear)?);
+            refuse_to_remove_inputs(&earlier, inputs)?;
+        }
+        earlier.iter().try_for_each(|path| remove(path)).with_context(clear)?;
         Ok(OutDir { run, _lock: lock })
     }
 
@@ -62,30 +68,42 @@ fn lock(run: &RunDir) -> anyhow::Result<File> {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(UsageError::new(
             format!("another run is writing to `{}`", run.path().display()),
             "wait for it to end, or choose another folder with `--out`",
-        )),
+        )
+        .into()),
         Err(error) => Err(error).with_context(|| format!("could not lock `{}`", run.ranks().display())),
     }
 }
 
-/// Removes what even a run that never completed a step leaves: a new run starts with new logs.
-fn remove_attempt(run: &RunDir) -> std::io::Result<()> {
-    remove_files(run.rank_logs()?.into_iter().chain(run.event_files()?))
+/// What even a run that never completed a step leaves: a new run starts with new logs.
+fn attempt(run: &RunDir) -> std::io::Result<Vec<PathBuf>> {
+    Ok([run.rank_logs()?, run.event_files()?].concat())
 }
 
-/// Removes the results of a run, by name, and nothing else: the folder may hold the user's own files.
-fn remove_results(run: &RunDir) -> std::io::Result<()> {
-    remove_files([run.metrics(), run.effective_config()])?;
-    for checkpoint in checkpoints(run)? {
-        std::fs::remove_dir_all(checkpoint)?;
+/// The results of a run, by name, and nothing else: the folder may hold the user's own files.
+fn results(run: &RunDir) -> std::io::Result<Vec<PathBuf>> {
+    Ok([vec![run.metrics(), run.effective_config()], checkpoints(run)?, run.model_files()?].concat())
+}
+
+fn refuse_to_remove_inputs(earlier: &[PathBuf], inputs: &[PathBuf]) -> anyhow::Result<()> {
+    let inputs: Vec<_> = inputs.iter().filter_map(|input| input.canonicalize().ok()).collect();
+    for path in earlier.iter().filter_map(|path| path.canonicalize().ok()) {
+        if inputs.iter().any(|input| input.starts_with(&path) || path.starts_with(input)) {
+            return Err(UsageError::new(
+                format!("`--overwrite` would remove `{}`, which this run reads", path.display()),
+                "choose another folder with `--out`",
+            )
+            .into());
+        }
     }
-    remove_files(run.model_files()?)
+    Ok(())
 }
 
-fn remove_files(paths: impl IntoIterator<Item = PathBuf>) -> std::io::Result<()> {
-    paths.into_iter().try_for_each(|path| match std::fs::remove_file(path) {
+fn remove(path: &Path) -> std::io::Result<()> {
+    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    match removed {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         result => result,
-    })
+    }
 }
 
 /// `checkpoints/step-NNNNNN` folders.
@@ -116,14 +134,14 @@ mod tests {
     fn folders_are_private_and_taken_once() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("out/run");
-        let held = OutDir::prepare(&folder, Existing::Refuse).unwrap();
+        let held = OutDir::prepare(&folder, Existing::Refuse, &[]).unwrap();
         for path in [folder.clone(), held.run().ranks()] {
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         }
-        let second = OutDir::prepare(&folder, Existing::Replace).unwrap_err();
+        let second = OutDir::prepare(&folder, Existing::Replace, &[]).unwrap_err();
         assert!(second.to_string().starts_with("another run is writing to"), "{second}");
         drop(held);
-        OutDir::prepare(&folder, Existing::Refuse).unwrap();
+        OutDir::prepare(&folder, Existing::Refuse, &[]).unwrap();
     }
 
     #[test]
@@ -132,7 +150,7 @@ mod tests {
         let run = RunDir::new(root.path());
         std::fs::create_dir(run.ranks()).unwrap();
         std::fs::write(run.rank_log(0), "old").unwrap();
-        OutDir::prepare(root.path(), Existing::Refuse).unwrap();
+        OutDir::prepare(root.path(), Existing::Refuse, &[]).unwrap();
         assert!(!run.rank_log(0).exists());
     }
 
@@ -159,10 +177,15 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "x").unwrap();
         }
-        let refused = OutDir::prepare(root.path(), Existing::Refuse).unwrap_err();
+        let refused = OutDir::prepare(root.path(), Existing::Refuse, &[]).unwrap_err();
         assert!(refused.to_string().ends_with("already holds a run"), "{refused}");
+        // A run that reads one of the results, or the folder of one, cannot replace them.
+        for input in [run.model(), run.metrics(), run.checkpoints().join("step-000010/a.safetensors")] {
+            let refused = OutDir::prepare(root.path(), Existing::Replace, &[input]).unwrap_err();
+            assert!(refused.to_string().ends_with("which this run reads"), "{refused}");
+        }
         assert!(ours.iter().all(|path| path.exists()));
-        OutDir::prepare(root.path(), Existing::Replace).unwrap();
+        OutDir::prepare(root.path(), Existing::Replace, &theirs).unwrap();
         assert!(ours.iter().all(|path| !path.exists()));
         assert!(theirs.iter().all(|path| path.exists()));
     }

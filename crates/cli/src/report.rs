@@ -27,10 +27,8 @@ pub fn details(failure: &Failure, run: &RunDir, num_ranks: usize) -> String {
         }
         Err(error) => text += &format!("could not read `{}`: {error}\n", log.display()),
     }
-    match num_ranks - 1 {
-        0 => {}
-        1 => text += "the other rank was ended\n",
-        others => text += &format!("the other {others} ranks were ended\n"),
+    if num_ranks > 1 {
+        text += "the other ranks have been ended too\n";
     }
     text
 }
@@ -68,7 +66,8 @@ mod tests {
         assert!(details(&failure(Ending::Killed(9)), &run, 1).starts_with("could not read"));
         std::fs::write(run.rank_log(1), "").unwrap();
         assert!(
-            details(&failure(Ending::Killed(9)), &run, 2).ends_with("is empty\nthe other rank was ended\n")
+            details(&failure(Ending::Killed(9)), &run, 2)
+                .ends_with("is empty\nthe other ranks have been ended too\n")
         );
         let log: String = (0..30).map(|i| format!("\x1b[31mline {i}\x1b[0m\n")).collect();
         std::fs::write(run.rank_log(1), log + "last \u{7}words").unwrap();
@@ -76,7 +75,7 @@ mod tests {
         let shown: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("  | ")).collect();
         assert_eq!(shown.len(), LOG_LINES);
         assert_eq!((shown[0], shown[14]), ("[31mline 16[0m", "last words"));
-        assert!(text.ends_with("the other 3 ranks were ended\n"), "{text}");
+        assert!(text.ends_with("the other ranks have been ended too\n"), "{text}");
     }
 
     #[test]

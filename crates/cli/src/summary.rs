@@ -47,7 +47,7 @@ impl Summary {
             );
         }
         if self.num_skipped > 0 {
-            text += &format!("{} steps were skipped\n", self.num_skipped);
+            text += &format!("{} of them skipped, as gradients were not finite\n", self.num_skipped);
         }
         text += &places(run);
         if let Some(sample) = &self.sample {
@@ -121,7 +121,7 @@ mod tests {
             text,
             format!(
                 "3 steps in 41s: loss 5.0000 -> 1.6667, 2,000 tokens/s (median), peak memory 103 MiB a rank\n\
-                 1 steps were skipped\n  metrics      {path}/metrics.jsonl\n  logs         {path}/ranks\n\
+                 1 of them skipped, as gradients were not finite\n  metrics      {path}/metrics.jsonl\n  logs         {path}/ranks\n\
                  sample:\nOnce upon\n"
             )
         );

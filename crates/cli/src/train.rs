@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
+use shardwise_config::NoteKind;
 use shardwise_monitor::{Event, Progress};
 
 use crate::Exit;
 use crate::args::{RunArgs, TrainArgs};
 use crate::console::{self, UsageError};
 use crate::out_dir::{Existing, OutDir};
-use crate::run_file::RunFile;
 use crate::summary::Summary;
 use crate::supervise::{self, Failure, Launch, Outcome, Watcher};
-use crate::{report, worker_binary};
+use crate::{report, run_file, worker_binary};
 
 /// Trains, and says how the command ends.
 pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
@@ -25,16 +25,20 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
         return Err(UsageError::new(
             format!("`--resume {}` is not supported yet", args.resume.display()),
             "leave it out to start from the beginning",
-        ));
+        )
+        .into());
     }
     let worker = worker_binary::locate()?;
-    let run_file = RunFile::load(&args.run)?;
+    let loaded = run_file::load(&args.run)?;
+    loaded.check_files()?;
+    let config = &loaded.config;
     let folder = args.out.clone().unwrap_or_else(|| default_out(&args.run.run));
     let existing = if args.overwrite { Existing::Replace } else { Existing::Refuse };
-    if existing == Existing::Replace {
-        refuse_to_remove_inputs(&folder, &run_file)?;
-    }
-    let out = OutDir::prepare(&folder, existing)?;
+    let out = OutDir::prepare(&folder, existing, &run_file::inputs(&loaded)?)?;
+
+    let effective = out.run().effective_config();
+    std::fs::write(&effective, format!("{:#}\n", loaded.effective().to_json()))
+        .with_context(|| format!("could not write `{}`", effective.display()))?;
 
     let num_ranks = args.run.ranks as usize;
     let run_id = random_id()?;
@@ -42,18 +46,25 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
         worker,
         args: worker_args(&args.run, &folder),
         num_ranks,
-        threads_per_rank: run_file.threads_per_rank.unwrap_or_else(|| share_of_cores(num_ranks)),
+        threads_per_rank: config.threads_per_rank.unwrap_or_else(|| share_of_cores(num_ranks)),
         master_port: free_port(&run_id),
         run_id,
         run: out.run().clone(),
     };
     let progress = if console::is_live() {
-        Progress::live(run_file.steps)
+        Progress::live(config.steps)
     } else {
-        Progress::plain(run_file.steps, run_file.print_every, std::io::stderr())
+        Progress::plain(config.steps, run_file::print_every(config), std::io::stderr())
     };
     let mut screen = Screen { progress, summary: Summary::default() };
-    screen.note(&headline(&launch, &run_file));
+    screen.note(&headline(&launch, config.steps));
+    let num_idle = loaded.effective().notes().iter().filter(|note| note.kind == NoteKind::NoEffect).count();
+    if num_idle > 0 {
+        screen.note(&format!(
+            "{} here: `shardwise check` says why",
+            plural(num_idle, "setting without effect", "settings without effect")
+        ));
+    }
 
     let started = Instant::now();
     let outcome = supervise::run(&launch, &mut screen);
@@ -71,7 +82,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
             console::print_stderr(&format!(
                 "stopped after step {} of {}\n",
                 summary.last_step(),
-                run_file.steps
+                config.steps
             ));
             console::print_result(&summary.text(out.run(), started.elapsed()))?;
             Ok(Exit::Interrupted { signal })
@@ -88,15 +99,18 @@ fn print_failure(failure: &Failure, launch: &Launch) {
     console::print_stderr(&report::details(failure, &launch.run, launch.num_ranks));
 }
 
-fn headline(launch: &Launch, run_file: &RunFile) -> String {
-    let plural = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+fn headline(launch: &Launch, steps: u64) -> String {
     format!(
         "training into `{}`: {} with {} each, {}",
         launch.run.path().display(),
-        plural(launch.num_ranks, "rank"),
-        plural(launch.threads_per_rank, "thread"),
-        plural(run_file.steps as usize, "step"),
+        plural(launch.num_ranks, "rank", "ranks"),
+        plural(launch.threads_per_rank, "thread", "threads"),
+        plural(steps as usize, "step", "steps"),
     )
+}
+
+fn plural(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
 }
 
 /// `out/` and the run file's name without its ending.
@@ -110,20 +124,6 @@ fn worker_args(run: &RunArgs, out: &Path) -> Vec<OsString> {
         args.extend(["--set".into(), set.into()]);
     }
     args
-}
-
-/// A run may start from the model that an earlier run left in the same folder: that must not be removed first.
-fn refuse_to_remove_inputs(folder: &Path, run_file: &RunFile) -> anyhow::Result<()> {
-    let Ok(folder) = folder.canonicalize() else { return Ok(()) };
-    for input in &run_file.inputs {
-        if input.canonicalize().is_ok_and(|input| input.starts_with(&folder)) {
-            return Err(UsageError::new(
-                format!("`--overwrite` would remove `{}`, which this run reads", input.display()),
-                "choose another folder with `--out`",
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// Cores are shared out evenly; ranks that outnumber them get one thread each.

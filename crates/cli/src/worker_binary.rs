@@ -19,7 +19,8 @@ pub fn locate() -> anyhow::Result<PathBuf> {
             Err(UsageError::new(
                 format!("`{OVERRIDE}={}` is no file", path.display()),
                 format!("point it at a `{NAME}` binary, or unset it"),
-            ))
+            )
+            .into())
         };
     }
     let own = std::env::current_exe().context("could not find this executable's own path")?;
@@ -30,5 +31,6 @@ pub fn locate() -> anyhow::Result<PathBuf> {
     Err(UsageError::new(
         format!("`{}` was not found", path.display()),
         format!("`make build` leaves both binaries in one folder; `{OVERRIDE}` names another place"),
-    ))
+    )
+    .into())
 }

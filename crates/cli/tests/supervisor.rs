@@ -1,5 +1,8 @@
 //! The command as people and scripts meet it, with a stand-in for the worker: how runs end, and who is blamed.
 
+// Helpers of tests may unwrap as tests may.
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
@@ -162,6 +165,9 @@ fn a_clean_run() {
         .expect(0, &["3 ranks", "loading model\n", "step 1/3  loss 5.5000", "step 3/3  loss 3.5000"]);
     assert!(ended.stdout.contains("loss 5.5000 -> 3.5000, 640 tokens/s"), "{ended:#?}");
     assert!(ended.stdout.ends_with("sample:\nOnce upon a time\n"), "{ended:#?}");
+    let effective: serde_json::Value =
+        serde_json::from_str(&bench.read("out/effective-config.json")).unwrap();
+    assert_eq!(effective["steps"], serde_json::json!({"value": 3, "source": "run.json:5"}));
     // Each phase once, not once a rank, and no control characters where there is no terminal.
     assert_eq!(ended.stderr.matches("loading model").count(), 1);
     assert!(!ended.stderr.contains('\x1b') && !ended.stderr.contains('\r'), "{ended:#?}");
@@ -211,7 +217,7 @@ fn a_killed_rank_is_named_and_the_rest_is_ended() {
             "error: rank 1 was killed by signal 9 (SIGKILL) in step 2\n",
             "hint: the kernel's out-of-memory killer does this",
             "end of `out/ranks/rank-1.log`:\n  | about to step\n",
-            "the other 2 ranks were ended\n",
+            "the other ranks have been ended too\n",
         ],
     );
     assert_eq!(ended.stdout, "");
@@ -279,7 +285,7 @@ fn a_stalled_rank_leaves_the_word_to_who_noticed() {
 #[test]
 fn a_configuration_that_a_rank_refuses_is_code_2() {
     let body = r#"[ $rank = 1 ] && sleep 0.2; fail "no such model" 2"#;
-    let ended = Bench::new().train(2, body).end().expect(2, &["failed as it started: no such model"]);
+    let ended = Bench::new().train(2, body).end().expect(2, &["error: no such model\n"]);
     assert!(!ended.stderr.contains("end of"), "{ended:#?}");
 }
 
@@ -413,7 +419,7 @@ fn refusals_come_before_any_rank_starts() {
     expect(&["train", "run.json", "--out", "run.json/x"], "could not make the output folder `run.json/x`");
     expect(&["train", "run.json", "--resume", "auto"], "`--resume auto` is not supported yet");
     expect(&["train", "absent.json"], "absent.json");
-    expect(&["train", "run.json", "-n", "0"], "-n");
+    expect(&["train", "run.json", "-n", "0"], "0 is not in 1..=4096");
     expect(&["train", "run.json", "--set", "stepps=4"], "stepps");
     std::fs::create_dir(bench.path("out")).unwrap();
     std::fs::write(bench.path("out/metrics.jsonl"), "{}\n").unwrap();
@@ -435,11 +441,14 @@ fn overwrite_replaces_the_earlier_run() {
 fn overwrite_keeps_what_the_run_reads() {
     let bench = Bench::new();
     std::fs::create_dir_all(bench.path("out/model")).unwrap();
-    std::fs::rename(bench.path("tokens.bin"), bench.path("out/model/tokens.bin")).unwrap();
-    let args =
-        ["train", "run.json", "--out", "out", "--overwrite", "--set", "data.tokens=out/model/tokens.bin"];
-    bench.start(bench.command(&args, "finish")).end().expect(2, &["which this run reads"]);
-    assert!(bench.path("out/model/tokens.bin").exists());
+    std::fs::write(bench.path("out/model/config.json"), "{}").unwrap();
+    let sets = ["--set", r#"model={"path": "out/model"}"#];
+    let args = [&["train", "run.json", "--out", "out", "--overwrite"][..], &sets].concat();
+    bench
+        .start(bench.command(&args, "finish"))
+        .end()
+        .expect(2, &["out/model/config.json`, which this run reads"]);
+    assert!(bench.path("out/model/config.json").exists());
 }
 
 #[test]
@@ -484,6 +493,35 @@ fn generate_becomes_the_worker() {
         ended.stdout,
         "generate\nmodel dir\n--prompt=--Once\nupon\n--max-tokens\n128\n--temperature\n0\n--top-k\n5\n--seed\n9\n"
     );
+}
+
+#[test]
+fn check_prints_every_value_with_its_source() {
+    let bench = Bench::new();
+    let args = ["check", "run.json", "-n", "2", "--set", "steps=9"];
+    let ended = bench.start(bench.command(&args, "")).end().expect(0, &[]);
+    let row =
+        |key: &str| ended.stdout.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
+    assert!(row("steps ").contains(" 9 ") && row("steps ").ends_with("--set steps=9"), "{ended:#?}");
+    assert!(row("parallel.world_size ").contains(" 2 "), "{ended:#?}");
+    assert!(row("seed ").ends_with("default"), "{ended:#?}");
+    assert!(row("data.seq_len ").ends_with("run.json:4"), "{ended:#?}");
+}
+
+#[test]
+fn check_tells_every_problem_at_once() {
+    let bench = Bench::new();
+    let args = ["check", "run.json", "--set", "stepps=9", "--set", "data.seq_len=-1"];
+    bench
+        .start(bench.command(&args, ""))
+        .end()
+        .expect(2, &["`stepps`", "did you mean `steps`?", "`data.seq_len`"]);
+    std::fs::remove_file(bench.path("tokens.bin")).unwrap();
+    let ended = bench
+        .start(bench.command(&["check", "run.json"], ""))
+        .end()
+        .expect(2, &["tokens.bin`, which does not exist"]);
+    assert!(ended.stdout.contains("steps"), "the values are there all the same");
 }
 
 #[test]

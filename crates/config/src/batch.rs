@@ -61,7 +61,11 @@ impl Triple {
         match (self.global, self.micro, self.accum) {
             (Some(global), Some(micro), Some(accum)) => {
                 let solved = Solved { global, micro, accum };
-                if product(micro, accum)? == global { Ok(solved) } else { Err(Unsolved::NotEqual(solved, ranks)) }
+                if product(micro, accum)? == global {
+                    Ok(solved)
+                } else {
+                    Err(Unsolved::NotEqual(solved, ranks))
+                }
             }
             (Some(global), Some(micro), None) => {
                 Ok(Solved { global, micro, accum: quotient(global, Known::Micro(micro))? })
@@ -117,7 +121,9 @@ impl Unsolved {
     /// How to mend it.
     pub fn hint(&self) -> String {
         match *self {
-            Unsolved::NoBatchSize => "set `train_micro_batch_size_per_gpu` to the samples of one forward pass".into(),
+            Unsolved::NoBatchSize => {
+                "set `train_micro_batch_size_per_gpu` to the samples of one forward pass".into()
+            }
             Unsolved::NotEqual(Solved { micro, accum, .. }, ranks) => format!(
                 "set `train_batch_size` to {}, or leave one of the three out",
                 u128::from(micro) * u128::from(accum) * u128::from(ranks)

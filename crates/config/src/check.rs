@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::effective::{Note, NoteKind};
 use crate::error::ConfigError;
 use crate::json;
-use crate::schema::{Default, Fate, Key, Kind, Schema};
+use crate::schema::{Fate, Key, Kind, Schema, Unset};
 use crate::value::{Data, Origin, Value, join};
 
 /// The batch sizes: the only keys where `"auto"` may be worked out.
@@ -66,7 +66,7 @@ impl Checked {
     }
 
     fn setting(&mut self, key: &Key, value: &Value, typed: String, path: String) {
-        if self.bad.contains(&path) || (value.data == Data::Null && key.default == Default::None) {
+        if self.bad.contains(&path) || (value.data == Data::Null && key.default == Unset::Nothing) {
             return;
         }
         if let Fate::Misplaced(hint) = key.fate {
@@ -142,7 +142,7 @@ impl Checked {
     fn required(&mut self, root: &Origin) {
         let mut missing = Vec::new();
         for (path, key) in self.schema.iter() {
-            let Default::Required(hint) = key.default else { continue };
+            let Unset::Required(hint) = key.default else { continue };
             let group = path.rsplit_once('.').map_or("", |(group, _)| group);
             let at = match self.set.get(group) {
                 _ if self.set.contains_key(path) || self.bad.contains(path) => continue,
@@ -175,7 +175,7 @@ fn well_formed(key: &Key, value: &Value, typed: &str, path: &str) -> Result<(), 
         }
         let hint = match key.fate {
             Fate::NoEffect(_) => "leave it out: it has no effect here",
-            _ if key.default == Default::None => "set it, or leave it out",
+            _ if key.default == Unset::Nothing => "set it, or leave it out",
             _ => "set it, or leave it out for its default",
         };
         return Err(ConfigError::Auto { at: at(), key: value.at.key(typed), hint: hint.to_string() });

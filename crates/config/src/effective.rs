@@ -129,7 +129,8 @@ fn flatten(
             }
         }
         value => {
-            let source = sources.get(path).unwrap_or_else(|| panic!("`{path}` was assembled without a source"));
+            let source =
+                sources.get(path).unwrap_or_else(|| panic!("`{path}` was assembled without a source"));
             rows.push(EffectiveValue { key: path.to_string(), value, source: source.describe(path) });
         }
     }
@@ -139,7 +140,8 @@ impl fmt::Display for Effective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Values past this width push only their own source aside, not the whole column.
         const WIDEST: usize = 36;
-        let width = |texts: &mut dyn Iterator<Item = usize>| texts.filter(|n| *n <= WIDEST).max().unwrap_or(0);
+        let width =
+            |texts: &mut dyn Iterator<Item = usize>| texts.filter(|n| *n <= WIDEST).max().unwrap_or(0);
         let values: Vec<String> = self.values.iter().map(|row| row.value.to_string()).collect();
         let key_width = width(&mut self.values.iter().map(|row| row.key.chars().count()));
         let value_width = width(&mut values.iter().map(|value| value.chars().count()));

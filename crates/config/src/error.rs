@@ -172,8 +172,10 @@ impl ConfigError {
     /// How to mend it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            ConfigError::Read { .. } => Some("relative paths start at the run file's folder".to_string()),
-            ConfigError::Input { .. } => Some("relative paths start at the run file's folder".to_string()),
+            ConfigError::Read { at: None, .. } => None,
+            ConfigError::Read { .. } | ConfigError::Input { .. } => {
+                Some("relative paths start at the run file's folder".to_string())
+            }
             ConfigError::Syntax { hint, .. } | ConfigError::Invalid { hint, .. } => hint.clone(),
             ConfigError::DuplicateKey { .. } => Some("keep one of the two".to_string()),
             ConfigError::UnknownKey { suggestion, .. } => {
@@ -185,7 +187,9 @@ impl ConfigError {
             | ConfigError::Missing { hint, .. }
             | ConfigError::Conflict { hint, .. }
             | ConfigError::Override { hint, .. } => Some(hint.clone()),
-            ConfigError::NotUtf8 { .. } => Some("rename the folder, or copy the run file elsewhere".to_string()),
+            ConfigError::NotUtf8 { .. } => {
+                Some("rename the folder, or copy the run file elsewhere".to_string())
+            }
             ConfigError::NoRanks => Some("`-n 1` runs on this process alone".to_string()),
         }
     }

@@ -15,6 +15,7 @@ pub(crate) struct Input {
     pub path: PathBuf,
     /// The path as a glob pattern in which only the part the user wrote is special.
     pattern: String,
+    is_special: bool,
     kind: InputKind,
 }
 
@@ -31,27 +32,37 @@ impl Input {
     pub fn new(at: Origin, key: String, folder: &Path, written: &str, kind: InputKind) -> Input {
         let escaped = glob::Pattern::escape(&folder.to_string_lossy());
         let pattern = Path::new(&escaped).join(written).to_string_lossy().into_owned();
-        Input { at, key, path: folder.join(written), pattern, kind }
+        let is_special = written.contains(['*', '?', '[']);
+        Input { at, key, path: folder.join(written), pattern, is_special, kind }
     }
 
     /// The files it stands for; for a folder, the folder.
     pub fn find(&self) -> Result<Vec<PathBuf>, ConfigError> {
         let problem = |problem| {
-            Err(ConfigError::Input { at: self.at.clone(), key: self.key.clone(), path: self.path.clone(), problem })
+            Err(ConfigError::Input {
+                at: self.at.clone(),
+                key: self.key.clone(),
+                path: self.path.clone(),
+                problem,
+            })
         };
         let path = &self.path;
         match self.kind {
-            _ if path.is_dir() && self.kind != InputKind::ModelFolder => problem("which is a folder, not a file"),
+            _ if path.is_dir() && self.kind != InputKind::ModelFolder => {
+                problem("which is a folder, not a file")
+            }
             InputKind::ModelFolder if path.is_file() => problem("which is a file, not a folder"),
             InputKind::ModelFolder if path.is_dir() && !path.join("config.json").is_file() => {
                 problem("a folder without a `config.json`")
             }
-            InputKind::ModelFolder | InputKind::File if !path.exists() => problem("which does not exist"),
-            InputKind::ModelFolder | InputKind::File => Ok(vec![path.clone()]),
             // A name that happens to hold a special character is still a name.
-            InputKind::Pattern if path.is_file() => Ok(vec![path.clone()]),
+            _ if path.exists() => Ok(vec![path.clone()]),
+            InputKind::ModelFolder | InputKind::File => problem("which does not exist"),
+            InputKind::Pattern if !self.is_special => problem("which does not exist"),
             InputKind::Pattern => {
-                let Ok(found) = glob::glob(&self.pattern) else { return problem("which is not a valid pattern") };
+                let Ok(found) = glob::glob(&self.pattern) else {
+                    return problem("which is not a valid pattern");
+                };
                 let files: Vec<PathBuf> = found.flatten().filter(|file| file.is_file()).collect();
                 if files.is_empty() { problem("which fits no file") } else { Ok(files) }
             }

@@ -77,7 +77,7 @@ struct Reader<'a> {
     errors: &'a mut Vec<ConfigError>,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
     fn document(&mut self) -> Result<Value, Syntax> {
         let value = self.value(0)?;
         self.skip_space()?;
@@ -306,14 +306,14 @@ impl Reader<'_> {
         found
     }
 
-    fn take_while(&mut self, keep: fn(char) -> bool) -> &str {
+    fn take_while(&mut self, keep: fn(char) -> bool) -> &'a str {
         let start = self.pos;
         let rest = self.rest();
         self.pos += rest.find(|c| !keep(c)).unwrap_or(rest.len());
         &self.text[start..self.pos]
     }
 
-    fn rest(&self) -> &str {
+    fn rest(&self) -> &'a str {
         &self.text[self.pos..]
     }
 

@@ -10,6 +10,9 @@ use crate::error::ConfigError;
 use crate::json;
 use crate::value::{Data, Origin, Value};
 
+/// As deep as a file may nest.
+const MAX_PARTS: usize = 64;
+
 /// A parsed override.
 pub(crate) struct Override {
     text: Arc<str>,
@@ -25,11 +28,20 @@ impl Override {
             hint: hint.to_string(),
         };
         let Some((path, value)) = text.split_once('=') else {
-            return Err(fail("there is no `=`", "write `--set KEY.PATH=VALUE`, for example `--set steps=10`"));
+            return Err(fail(
+                "there is no `=`",
+                "write `--set KEY.PATH=VALUE`, for example `--set steps=10`",
+            ));
         };
         let path: Vec<String> = path.trim().split('.').map(str::to_string).collect();
         if path.iter().any(String::is_empty) {
-            return Err(fail("a part of the key path is empty", "write it like `deepspeed.zero_optimization.stage`"));
+            return Err(fail(
+                "a part of the key path is empty",
+                "write it like `deepspeed.zero_optimization.stage`",
+            ));
+        }
+        if path.len() > MAX_PARTS {
+            return Err(fail("the key path is too long", "no key lies that deep"));
         }
         let origin: Arc<str> = text.into();
         let at = Origin::Override(Arc::clone(&origin));
@@ -48,10 +60,15 @@ impl Override {
         let at = Origin::Override(Arc::clone(&self.text));
         let mut here = root;
         for (depth, part) in self.path.iter().enumerate() {
+            // `null` means "not set", so there is room for an object.
+            if here.data == Data::Null {
+                *here = Value { at: at.clone(), data: Data::Object(Vec::new()) };
+            }
+            let shown = here.to_string();
             let Data::Object(members) = &mut here.data else {
                 return Err(ConfigError::Override {
                     text: self.text.to_string(),
-                    problem: format!("`{}` is `{here}`, which has no keys", self.path[..depth].join(".")),
+                    problem: format!("`{}` is `{shown}`, which has no keys", self.path[..depth].join(".")),
                     hint: "set the whole value instead".to_string(),
                 });
             };
@@ -60,10 +77,6 @@ impl Override {
                 members.len() - 1
             });
             here = &mut members[index].1;
-            // `null` means "not set", so there is room for an object.
-            if here.data == Data::Null {
-                *here = Value { at: at.clone(), data: Data::Object(Vec::new()) };
-            }
         }
         *here = self.value;
         Ok(())

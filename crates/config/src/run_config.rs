@@ -116,13 +116,14 @@ pub enum TokenDType {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenizerSource {
-    /// A `tokenizer.json`.
-    File(PathBuf),
     /// A byte-pair encoding trained on the run's own text.
     TrainBpe {
         /// Tokens in the vocabulary.
         vocab_size: usize,
     },
+    /// A `tokenizer.json`.
+    #[serde(untagged)]
+    File(PathBuf),
 }
 
 /// The order in which samples are read.
@@ -263,6 +264,8 @@ impl From<ZeroStage> for u8 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CommOverlap {
+    /// The engine decides.
+    Automatic,
     /// Computation waits for every collective.
     Blocking,
     /// Collectives run while the next layer computes.

@@ -14,7 +14,7 @@ pub(crate) struct Key {
     /// The dotted path below the table's root.
     pub path: &'static str,
     pub kind: Kind,
-    pub default: Default,
+    pub default: Unset,
     pub fate: Fate,
 }
 
@@ -47,9 +47,9 @@ pub(crate) enum Kind {
 
 /// What holds when a key is not set.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Default {
+pub(crate) enum Unset {
     /// Nothing: the key is optional, and `null` means the same.
-    None,
+    Nothing,
     /// This value, written as JSON.
     Is(&'static str),
     /// This value, with a remark because users may expect another.
@@ -86,7 +86,9 @@ impl Key {
             Fate::Only(values, _) | Fate::Always(values, _) => values.contains(&"\"auto\""),
             _ => false,
         };
-        listed || matches!(self.kind, Kind::Choice(words) if words.contains(&"auto")) || self.kind == Kind::Any
+        listed
+            || matches!(self.kind, Kind::Choice(words) if words.contains(&"auto"))
+            || self.kind == Kind::Any
     }
 }
 
@@ -134,8 +136,7 @@ impl Schema {
             }
         }
         let full = |path: &str| join(keys::DEEPSPEED, path);
-        let aliases =
-            keys::deepspeed::ALIASES.iter().map(|(alias, key)| (full(alias), full(key))).collect();
+        let aliases = keys::deepspeed::ALIASES.iter().map(|(alias, key)| (full(alias), full(key))).collect();
         Schema { keys, aliases }
     }
 
@@ -156,8 +157,11 @@ impl Schema {
     /// A known key that `name` inside `group` may stand for: a sibling spelled alike, or else the only key of
     /// that name anywhere.
     pub fn suggest(&self, group: &str, name: &str) -> Option<String> {
-        let settable =
-            || self.iter().filter(|(_, key)| !matches!(key.fate, Fate::Misplaced(_))).map(|(path, _)| split(path));
+        let settable = || {
+            self.iter()
+                .filter(|(_, key)| !matches!(key.fate, Fate::Misplaced(_)))
+                .map(|(path, _)| split(path))
+        };
         let sibling = settable()
             .filter(|(parent, _)| *parent == group)
             .map(|(_, sibling)| (strsim::normalized_damerau_levenshtein(name, sibling), sibling))

@@ -72,6 +72,7 @@ pub(crate) enum Data {
 }
 
 impl Value {
+    #[cfg(test)]
     pub fn member(&self, name: &str) -> Option<&Value> {
         match &self.data {
             Data::Object(members) => members.iter().find(|(key, _)| key == name).map(|(_, value)| value),
@@ -112,9 +113,7 @@ impl Value {
             (Data::Null, Data::Null) => true,
             (Data::Bool(a), Data::Bool(b)) => a == b,
             (Data::Text(a), Data::Text(b)) => a.eq_ignore_ascii_case(b),
-            (Data::List(a), Data::List(b)) => {
-                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.means(b))
-            }
+            (Data::List(a), Data::List(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.means(b)),
             _ => match (self.number(), other.number()) {
                 (Some(a), Some(b)) => a == b,
                 _ => false,
@@ -134,7 +133,9 @@ impl Value {
             Data::Float(value) => (*value).into(),
             Data::Text(value) => value.as_str().into(),
             Data::List(items) => items.iter().map(Value::to_json).collect(),
-            Data::Object(members) => members.iter().map(|(key, value)| (key.clone(), value.to_json())).collect(),
+            Data::Object(members) => {
+                members.iter().map(|(key, value)| (key.clone(), value.to_json())).collect()
+            }
         }
     }
 }

@@ -75,7 +75,8 @@ pub(crate) fn bind(
 ) -> Result<(Vec<FlatTensor>, Vec<Binding>), EngineError> {
     let mut flats = Vec::new();
     let mut found = HashMap::new();
-    for unit in 0..zero.layouts().len() {
+    let num_units = zero.layouts().len();
+    for unit in 0..num_units {
         let ptr = zero.gather(unit)?;
         let layout = zero.layout(unit);
         // SAFETY: the copy stays at `ptr` until `release`; the engine points the tensor elsewhere, or at nothing,

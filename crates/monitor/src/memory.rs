@@ -16,7 +16,7 @@ pub fn peak_rss_bytes() -> Result<u64, MonitorError> {
     high_water_mark(&status).ok_or(MonitorError::NoSuchStatus { path: STATUS, key: KEY })
 }
 
-/// `VmHWM:	    1684 kB` as bytes; the kernel's kB is 1024 bytes.
+/// `VmHWM: 1684 kB` as bytes; the kernel's kB is 1024 bytes.
 fn high_water_mark(status: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix(KEY)?.strip_prefix(':'))?;
     value.trim().strip_suffix("kB")?.trim_end().parse::<u64>().ok()?.checked_mul(1024)

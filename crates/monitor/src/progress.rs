@@ -20,25 +20,28 @@ const PLAIN_LINES: u64 = 20;
 
 /// The line that shows one step; `total` is the last step of the run.
 pub fn step_line(metrics: &StepMetrics, total: u64, left: Option<Duration>) -> String {
+    let norm = format!("norm {:.3}", metrics.grad_norm);
+    join_fields(metrics, total, Some(norm), left)
+}
+
+/// The same beside a bar: an ordinary screen has 80 columns, and the time left must be among them.
+fn live_line(metrics: &StepMetrics, total: u64, left: Option<Duration>) -> String {
+    join_fields(metrics, total, None, left)
+}
+
+fn join_fields(metrics: &StepMetrics, total: u64, norm: Option<String>, left: Option<Duration>) -> String {
     let width = total.max(metrics.step).to_string().len();
-    let mut line = format!(
-        "step {:>width$}/{total}  loss {:.4}  norm {:.3}  {} tokens/s  {}",
-        metrics.step,
-        metrics.loss,
-        metrics.grad_norm,
-        format_count(metrics.tokens_per_s.max(0.0) as u64),
-        format_mib(metrics.peak_rss_mb),
-    );
-    if let Some(device) = metrics.device_peak_mb {
-        line += &format!("  device {}", format_mib(device));
-    }
+    let mut fields =
+        vec![format!("step {:>width$}/{total}", metrics.step), format!("loss {:.4}", metrics.loss)];
+    fields.extend(norm);
+    fields.push(format!("{} tokens/s", format_count(metrics.tokens_per_s.max(0.0) as u64)));
+    fields.push(format_mib(metrics.peak_rss_mb));
+    fields.extend(metrics.device_peak_mb.map(|device| format!("device {}", format_mib(device))));
     if metrics.outcome == Outcome::Skipped {
-        line += "  skipped";
+        fields.push("skipped".to_owned());
     }
-    if let Some(left) = left {
-        line += &format!("  {} left", format_duration(left));
-    }
-    line
+    fields.extend(left.map(|left| format!("{} left", format_duration(left))));
+    fields.join("  ")
 }
 
 /// The time a run still needs, from its last steps.
@@ -100,7 +103,7 @@ pub struct Progress {
 }
 
 enum View {
-    Live { bar: ProgressBar, spinning: bool },
+    Live { bar: ProgressBar, spinning: bool, last: Option<String> },
     Plain { out: Box<dyn Write + Send>, every: PrintEvery },
 }
 
@@ -112,7 +115,7 @@ impl Progress {
 
     fn live_on(total_steps: u64, target: ProgressDrawTarget) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total_steps), target).with_style(spinner_style());
-        Self::with_view(total_steps, View::Live { bar, spinning: true })
+        Self::with_view(total_steps, View::Live { bar, spinning: true, last: None })
     }
 
     /// Plain lines on `out`.
@@ -127,7 +130,7 @@ impl Progress {
     /// The run has begun something that is not a step.
     pub fn phase(&mut self, phase: &str) {
         match &mut self.view {
-            View::Live { bar, spinning } => {
+            View::Live { bar, spinning, .. } => {
                 bar.set_message(phase.to_owned());
                 if *spinning {
                     bar.enable_steady_tick(Duration::from_millis(120));
@@ -142,19 +145,19 @@ impl Progress {
         let first = *self.first.get_or_insert(metrics.step);
         self.pace.push(metrics.step_s);
         let left = self.pace.left(self.total.saturating_sub(metrics.step));
-        let line = step_line(metrics, self.total, left);
         match &mut self.view {
-            View::Live { bar, spinning } => {
+            View::Live { bar, spinning, last } => {
                 if std::mem::take(spinning) {
                     bar.disable_steady_tick();
                     bar.set_style(bar_style());
                 }
                 bar.set_position(metrics.step);
-                bar.set_message(line);
+                bar.set_message(live_line(metrics, self.total, left));
+                *last = Some(step_line(metrics, self.total, None));
             }
             View::Plain { out, every } => {
                 if every.prints(metrics, first, self.total) {
-                    print(out, &line);
+                    print(out, &step_line(metrics, self.total, left));
                 }
             }
         }
@@ -168,10 +171,13 @@ impl Progress {
         }
     }
 
-    /// Leaves the last live line on screen if there was a step, and removes the spinner if there was none.
+    /// Takes the live line off the screen, and leaves the last step in its place.
     pub fn finish(&mut self) {
-        if let View::Live { bar, spinning } = &mut self.view {
-            if *spinning { bar.finish_and_clear() } else { bar.abandon() }
+        if let View::Live { bar, last, .. } = &mut self.view {
+            bar.finish_and_clear();
+            if let Some(line) = last.take() {
+                print(&mut std::io::stderr(), &line);
+            }
         }
     }
 }
@@ -186,7 +192,7 @@ fn spinner_style() -> ProgressStyle {
 }
 
 fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{bar:20} {wide_msg}").expect("a fixed template").progress_chars("=> ")
+    ProgressStyle::with_template("{bar:10} {wide_msg}").expect("a fixed template").progress_chars("=> ")
 }
 
 impl std::fmt::Debug for Progress {
@@ -248,6 +254,15 @@ mod tests {
     }
 
     #[test]
+    fn a_live_line_fits_an_ordinary_screen() {
+        let usual = live_line(&example(7), 300, Some(Duration::from_secs(80)));
+        assert_eq!(usual, "step   7/300  loss 5.5000  8,192 tokens/s  812 MiB  1m 20s left");
+        let large = StepMetrics { tokens_per_s: 12_345.0, peak_rss_mb: 12_345.0, ..example(1234) };
+        let line = live_line(&large, 3000, Some(Duration::from_secs(725)));
+        assert!("=====>     ".len() + line.len() <= 80, "{line}");
+    }
+
+    #[test]
     fn the_pace_forgets_the_first_step_and_old_ones() {
         let mut pace = Pace::default();
         assert_eq!(pace.left(3), None);
@@ -292,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_terminal_shows_phase_then_bar() {
-        let term = InMemoryTerm::new(10, 100);
+        let term = InMemoryTerm::new(10, 80);
         let mut progress = Progress::live_on(10, ProgressDrawTarget::term_like(Box::new(term.clone())));
         progress.phase("loading model");
         if let View::Live { bar, .. } = &progress.view {
@@ -304,15 +319,15 @@ mod tests {
             bar.tick();
         }
         let screen = term.contents();
-        assert!(screen.contains("=========>") && screen.contains("step  5/10  loss 5.5000"), "{screen}");
-        assert!(!screen.contains("loading model"));
+        assert!(screen.starts_with("=====>     step  5/10  loss 5.5000"), "{screen}");
+        assert!(screen.ends_with("2.5s left") && !screen.contains("loading model"), "{screen}");
         progress.finish();
-        assert!(term.contents().contains("step  5/10"), "the last line stays");
+        assert_eq!(term.contents(), "");
     }
 
     #[test]
     fn a_spinner_leaves_nothing_behind() {
-        let term = InMemoryTerm::new(10, 100);
+        let term = InMemoryTerm::new(10, 80);
         let mut progress = Progress::live_on(10, ProgressDrawTarget::term_like(Box::new(term.clone())));
         progress.phase("loading model");
         progress.finish();

@@ -1,2 +1,90 @@
 //! One rank of a training run.
-fn main() {}
+//!
+//! `shardwise train` starts one of these for each rank; so can torchrun, srun or mpirun. What it is told by whom:
+//! the run file says what to train, the environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`,
+//! `MASTER_PORT`) which rank it is, and the environment is read here and nowhere else.
+//!
+//! `shardwise-worker generate` samples from a trained model, on one rank.
+
+mod data;
+mod failure;
+mod generate;
+mod launch;
+mod model;
+mod sampling;
+mod telemetry;
+mod train;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::failure::Failure;
+use crate::launch::Launch;
+
+/// One rank of a training run.
+#[derive(Debug, Parser)]
+#[command(name = "shardwise-worker", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: Option<TrainArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Let a trained model continue a text
+    Generate(GenerateArgs),
+}
+
+#[derive(Debug, Args)]
+struct TrainArgs {
+    /// Run file, JSON or TOML
+    run: PathBuf,
+    /// Output folder
+    #[arg(long, value_name = "DIR", default_value = "out")]
+    out: PathBuf,
+    /// Continue from a checkpoint
+    #[arg(long, value_name = "CHECKPOINT", default_value = "never")]
+    resume: OsString,
+    /// Override one value of the run file
+    #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
+    sets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct GenerateArgs {
+    /// Model folder: config.json, weights and tokenizer.json
+    dir: PathBuf,
+    /// The text to continue
+    #[arg(long, allow_hyphen_values = true)]
+    prompt: String,
+    /// Most tokens to add
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// Below 1 likelier text, above 1 stranger text, 0 always the likeliest token
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Draw from the N likeliest tokens only
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// The same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match (cli.command, cli.train) {
+        (Some(Command::Generate(args)), _) => generate::run(&args),
+        (None, Some(args)) => Launch::from_env().and_then(|launch| train::run(&args, &launch)),
+        (None, None) => Err(Failure::usage("no run file was given", "shardwise-worker RUN.json")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -5,7 +5,7 @@
 //! all ranks.
 
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
-use shardwise_device::Buffer;
+use shardwise_device::{Buffer, Slice, SliceMut};
 
 use crate::{Overlap, ZeroError};
 
@@ -107,23 +107,28 @@ impl Lane {
         })
     }
 
-    /// Sums each of `values` over the ranks, in rank order.
-    pub fn sum(&self, values: &[f64]) -> Result<Vec<f64>, ZeroError> {
+    /// The `values` of every rank, in rank order.
+    pub fn exchange(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
         let mine: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let num_bytes = mine.len();
         let all = self
             .start(move |group| {
-                let mut all = vec![0u8; mine.len() * group.group_size()];
-                group.all_gather(
-                    shardwise_device::Slice::of(&mine),
-                    shardwise_device::SliceMut::of(&mut all),
-                )?;
+                let mut all = vec![0u8; num_bytes * group.group_size()];
+                group.all_gather(Slice::of(&mine), SliceMut::of(&mut all))?;
                 Ok(all)
             })?
             .wait()?;
+        let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes"));
+        let ranks = all.chunks_exact(num_bytes.max(1));
+        Ok(ranks.map(|rank| rank.chunks_exact(8).map(number).collect()).collect())
+    }
+
+    /// Sums each of `values` over the ranks, in rank order.
+    pub fn sum(&self, values: &[f64]) -> Result<Vec<f64>, ZeroError> {
         let mut sums = vec![0.0; values.len()];
-        for rank in all.chunks_exact((values.len() * 8).max(1)) {
-            for (sum, bytes) in sums.iter_mut().zip(rank.chunks_exact(8)) {
-                *sum += f64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes"));
+        for rank in self.exchange(values)? {
+            for (sum, value) in sums.iter_mut().zip(rank) {
+                *sum += value;
             }
         }
         Ok(sums)

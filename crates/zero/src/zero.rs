@@ -232,14 +232,14 @@ impl Zero {
         };
     }
 
-    /// Sums each of `values` over the ranks, in rank order.
+    /// The `values` of every rank, in rank order.
     ///
     /// # Collective
     /// Every rank calls with as many values.
     /// # Errors
     /// A failed collective.
-    pub fn sum(&self, values: &[f64]) -> Result<Vec<f64>, ZeroError> {
-        self.lane.sum(values)
+    pub fn exchange(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
+        self.lane.exchange(values)
     }
 
     /// Bytes of model state that this rank holds, by kind, when nothing is gathered.

@@ -126,6 +126,7 @@ impl Supervisor<'_> {
                 Some(message) => self.handle(message)?,
                 None => {
                     if self.escalate() == Next::GiveUp {
+                        self.name_survivors();
                         break;
                     }
                 }
@@ -204,6 +205,15 @@ impl Supervisor<'_> {
             Next::Wait | Next::GiveUp => {}
         }
         next
+    }
+
+    /// The kernel ends these as soon as it lets go of them; nothing is left to do here.
+    fn name_survivors(&mut self) {
+        for (rank, watched) in self.ranks.iter().enumerate().filter(|(_, watched)| watched.process.is_alive())
+        {
+            let id = watched.process.id();
+            self.watcher.note(&format!("rank {rank} (process {id}) was killed but is stuck in the kernel"));
+        }
     }
 
     fn signal_all(&mut self, signal: Signal) {

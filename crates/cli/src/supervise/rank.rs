@@ -110,6 +110,10 @@ impl RankProcess {
         self.alive
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal to the rank and whatever it started, unless the rank is gone.
     pub fn signal(&mut self, signal: Signal) {
         if !self.alive {

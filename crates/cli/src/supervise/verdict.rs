@@ -148,6 +148,10 @@ impl Failure {
             None => "does not end".to_owned(),
         };
         match error {
+            // Every rank reads the same configuration: which one spoke first says nothing.
+            Some(error) if self.is_configuration() => {
+                error.message.strip_prefix("error: ").unwrap_or(&error.message).to_owned()
+            }
             Some(error) => format!("rank {rank} failed {place}: {}", error.message),
             None => format!("rank {rank} {end} {place}"),
         }
@@ -291,7 +295,9 @@ mod tests {
         assert!(failure(Ending::Killed(9)).hint().unwrap().contains("out-of-memory"));
         assert!(failure(Ending::Killed(11)).hint().unwrap().contains("native code"));
         assert_eq!(failure(Ending::Killed(64)).message(), "rank 0 was killed by signal 64 as it started");
-        assert!(failure(Ending::Exited(2)).is_configuration());
+        let error = Some(ErrorEvent { message: "error: no such key".into(), hint: None, secondary: false });
+        assert_eq!(Failure { error, ..failure(Ending::Exited(2)) }.message(), "no such key");
+        assert_eq!(failure(Ending::Exited(2)).message(), "rank 0 exited with code 2 as it started");
         assert!(!failure(Ending::Exited(1)).is_configuration());
     }
 }

@@ -1,7 +1,7 @@
 //! DeepSpeed's keys, first part: batch, optimizer, schedule, precision, reduction, output.
 
 use super::*;
-use Default::{Remarkable, Required};
+use Unset::{Remarkable, Required};
 
 /// Other names that DeepSpeed accepts: alias, key.
 pub(crate) const ALIASES: &[(&str, &str)] = &[
@@ -19,8 +19,14 @@ pub(crate) const ALIASES: &[(&str, &str)] = &[
     ("zero_optimization.model_persistence_threshold", "zero_optimization.stage3_model_persistence_threshold"),
     ("zero_optimization.max_live_parameters", "zero_optimization.stage3_max_live_parameters"),
     ("zero_optimization.max_reuse_distance", "zero_optimization.stage3_max_reuse_distance"),
-    ("zero_optimization.module_granularity_threshold", "zero_optimization.stage3_module_granularity_threshold"),
-    ("zero_optimization.use_all_reduce_for_fetch_params", "zero_optimization.stage3_use_all_reduce_for_fetch_params"),
+    (
+        "zero_optimization.module_granularity_threshold",
+        "zero_optimization.stage3_module_granularity_threshold",
+    ),
+    (
+        "zero_optimization.use_all_reduce_for_fetch_params",
+        "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+    ),
     ("zero_optimization.allgather_sequential", "zero_optimization.stage3_allgather_sequential"),
 ];
 
@@ -40,8 +46,15 @@ pub(crate) const OTHER_OPTIMIZERS: &[&str] = &[
     "CPUAdam",
 ];
 /// Names of schedulers that DeepSpeed configurations use and this version does not have.
-pub(crate) const OTHER_SCHEDULERS: &[&str] =
-    &["WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest", "CosineAnnealingLR", "LinearLR", "StepLR"];
+pub(crate) const OTHER_SCHEDULERS: &[&str] = &[
+    "WarmupDecayLR",
+    "WarmupCosineLR",
+    "OneCycle",
+    "LRRangeTest",
+    "CosineAnnealingLR",
+    "LinearLR",
+    "StepLR",
+];
 
 const FP16_OFF: &str = "`fp16` is off";
 const AUTOCAST_OFF: &str = "`torch_autocast` is off";
@@ -63,11 +76,7 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     no_effect("dataloader_drop_last", BOOL, FALSE, "every batch is full"),
     // Optimizer
-    used(
-        "optimizer",
-        Kind::Group,
-        Required(r#"write {"type": "AdamW", "params": {"lr": 3e-4}}"#),
-    ),
+    used("optimizer", Kind::Group, Required(r#"write {"type": "AdamW", "params": {"lr": 3e-4}}"#)),
     used("optimizer.type", TEXT, Required("`\"AdamW\"` is supported")),
     no_effect("optimizer.legacy_fusion", BOOL, FALSE, LEAN),
     group("optimizer.params"),
@@ -124,7 +133,11 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     // Learning rate
     group("scheduler"),
-    used("scheduler.type", TEXT, Required("`\"WarmupLR\"` is supported; without `scheduler` the rate is constant")),
+    used(
+        "scheduler.type",
+        TEXT,
+        Required("`\"WarmupLR\"` is supported; without `scheduler` the rate is constant"),
+    ),
     group("scheduler.params"),
     used("scheduler.params.warmup_min_lr", POSITIVE, is("0")),
     used("scheduler.params.warmup_max_lr", POSITIVE, NONE),
@@ -132,7 +145,10 @@ pub(crate) const KEYS: &[Key] = &[
     used(
         "scheduler.params.warmup_type",
         Kind::Choice(&["log", "linear"]),
-        Remarkable("\"log\"", "the rate warms up with the logarithm of the step, which is DeepSpeed's default"),
+        Remarkable(
+            "\"log\"",
+            "the rate warms up with the logarithm of the step, which is DeepSpeed's default",
+        ),
     ),
     always("scheduler.params.last_batch_iteration", INT, is("-1"), &["-1"], "a run starts at its first step"),
     belongs_to("scheduler.params.total_num_steps", COUNT, "WarmupDecayLR or WarmupCosineLR"),
@@ -223,7 +239,12 @@ pub(crate) const KEYS: &[Key] = &[
     used("steps_per_print", COUNT, NONE),
     no_effect("wall_clock_breakdown", BOOL, FALSE, "the time of every step is in `metrics.jsonl`"),
     no_effect("memory_breakdown", BOOL, FALSE, "the peak memory of every step is in `metrics.jsonl`"),
-    no_effect("dump_state", BOOL, FALSE, "the effective configuration is always written to the run's output folder"),
+    no_effect(
+        "dump_state",
+        BOOL,
+        FALSE,
+        "the effective configuration is always written to the run's output folder",
+    ),
     no_effect("log_level", TEXT, NONE, "there is one level of output"),
     no_effect("disable_python_gc", BOOL, FALSE, NO_PYTHON),
     no_effect("vocabulary_size", COUNT, NONE, "the vocabulary is the model's"),

@@ -7,18 +7,14 @@ mod features;
 mod run;
 mod zero;
 
-use crate::schema::{Default, Fate, Key, Kind};
+use crate::schema::{Fate, Key, Kind, Unset};
 
 /// The key of the run file that holds a DeepSpeed configuration.
 pub(crate) const DEEPSPEED: &str = "deepspeed";
 
 /// The tables, each with the path its rows start from.
-pub(crate) const TABLES: &[(&str, &[Key])] = &[
-    ("", run::KEYS),
-    (DEEPSPEED, deepspeed::KEYS),
-    (DEEPSPEED, zero::KEYS),
-    (DEEPSPEED, features::KEYS),
-];
+pub(crate) const TABLES: &[(&str, &[Key])] =
+    &[("", run::KEYS), (DEEPSPEED, deepspeed::KEYS), (DEEPSPEED, zero::KEYS), (DEEPSPEED, features::KEYS)];
 
 const BOOL: Kind = Kind::Bool;
 const TEXT: Kind = Kind::Text;
@@ -33,15 +29,15 @@ const NUMBER: Kind = Kind::Above(f64::NEG_INFINITY);
 /// A number of at least 0.
 const POSITIVE: Kind = Kind::AtLeast(0.0);
 
-const NONE: Default = Default::None;
-const FALSE: Default = Default::Is("false");
-const TRUE: Default = Default::Is("true");
+const NONE: Unset = Unset::Nothing;
+const FALSE: Unset = Unset::Is("false");
+const TRUE: Unset = Unset::Is("true");
 
-const fn is(json: &'static str) -> Default {
-    Default::Is(json)
+const fn is(json: &'static str) -> Unset {
+    Unset::Is(json)
 }
 
-const fn used(path: &'static str, kind: Kind, default: Default) -> Key {
+const fn used(path: &'static str, kind: Kind, default: Unset) -> Key {
     Key { path, kind, default, fate: Fate::Used }
 }
 
@@ -53,7 +49,7 @@ const fn group(path: &'static str) -> Key {
 const fn only(
     path: &'static str,
     kind: Kind,
-    default: Default,
+    default: Unset,
     values: &'static [&'static str],
     hint: &'static str,
 ) -> Key {
@@ -68,14 +64,14 @@ const fn off(path: &'static str, hint: &'static str) -> Key {
 const fn always(
     path: &'static str,
     kind: Kind,
-    default: Default,
+    default: Unset,
     values: &'static [&'static str],
     why: &'static str,
 ) -> Key {
     Key { path, kind, default, fate: Fate::Always(values, why) }
 }
 
-const fn no_effect(path: &'static str, kind: Kind, default: Default, why: &'static str) -> Key {
+const fn no_effect(path: &'static str, kind: Kind, default: Unset, why: &'static str) -> Key {
     Key { path, kind, default, fate: Fate::NoEffect(why) }
 }
 

@@ -1,10 +1,14 @@
 //! The run file's own keys.
 
 use super::*;
-use Default::Required;
+use Unset::Required;
 
 pub(crate) const KEYS: &[Key] = &[
-    used("model", Kind::Group, Required("set `model.path` to a Hugging Face folder, or write `model.config` inline")),
+    used(
+        "model",
+        Kind::Group,
+        Required("set `model.path` to a Hugging Face folder, or write `model.config` inline"),
+    ),
     used("model.path", TEXT, NONE),
     used("model.config", Kind::Object, NONE),
     used("model.init_seed", SIZE, NONE),
@@ -42,6 +46,8 @@ pub(crate) const KEYS: &[Key] = &[
     used(
         DEEPSPEED,
         Kind::TextOrGroup,
-        Required("name a DeepSpeed configuration file, or write its content inline: batch size and optimizer come from it"),
+        Required(
+            "name a DeepSpeed configuration file, or write its content inline: batch size and optimizer come from it",
+        ),
     ),
 ];

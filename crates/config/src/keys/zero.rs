@@ -2,7 +2,8 @@
 
 use super::*;
 
-const WHOLE: &str = "a unit (one layer's parameters) is gathered and reduced whole, so there is no bucket to size";
+const WHOLE: &str =
+    "a unit (one layer's parameters) is gathered and reduced whole, so there is no bucket to size";
 const PREFETCH: &str = "the next unit is prefetched whole while the current one computes";
 const LIFETIME: &str = "a unit lives from its gather to its release, so nothing else has to be limited";
 const NO_OFFLOAD: &str = "nothing is offloaded (`device` is `none`)";
@@ -42,7 +43,13 @@ pub(crate) const KEYS: &[Key] = &[
         TRUE,
         "gradients are reduce-scattered, not all-reduced in buckets",
     ),
-    always("zero_optimization.compute_grad_norm", BOOL, TRUE, &["true"], "the gradient norm is always computed"),
+    always(
+        "zero_optimization.compute_grad_norm",
+        BOOL,
+        TRUE,
+        &["true"],
+        "the gradient norm is always computed",
+    ),
     always(
         "zero_optimization.load_from_fp32_weights",
         BOOL,
@@ -64,7 +71,12 @@ pub(crate) const KEYS: &[Key] = &[
         FALSE,
         "every unit is split evenly over the ranks already",
     ),
-    no_effect("zero_optimization.parameter_alignment", BOOL, FALSE, "units are padded so that all shards are equal"),
+    no_effect(
+        "zero_optimization.parameter_alignment",
+        BOOL,
+        FALSE,
+        "units are padded so that all shards are equal",
+    ),
     no_effect("zero_optimization.sub_group_size", SIZE, is("1000000000"), "the optimizer steps unit by unit"),
     no_effect("zero_optimization.stage3_prefetch_bucket_size", SIZE, is("50000000"), PREFETCH),
     no_effect(
@@ -99,8 +111,18 @@ pub(crate) const KEYS: &[Key] = &[
         FALSE,
         "every collective is checked across ranks in any case",
     ),
-    no_effect("zero_optimization.pipeline_loading_checkpoint", BOOL, FALSE, "each rank reads only its own elements"),
-    no_effect("zero_optimization.save_muon_momentum_buffer_in_memory", BOOL, FALSE, "the optimizer is not Muon"),
+    no_effect(
+        "zero_optimization.pipeline_loading_checkpoint",
+        BOOL,
+        FALSE,
+        "each rank reads only its own elements",
+    ),
+    no_effect(
+        "zero_optimization.save_muon_momentum_buffer_in_memory",
+        BOOL,
+        FALSE,
+        "the optimizer is not Muon",
+    ),
     group("zero_optimization.leaf_module"),
     no_effect("zero_optimization.leaf_module.classes", TEXTS, NONE, NO_HOOKS),
     no_effect("zero_optimization.leaf_module.names", TEXTS, NONE, NO_HOOKS),
@@ -169,6 +191,11 @@ pub(crate) const KEYS: &[Key] = &[
     off("zero_optimization.mics_hierarchical_params_gather", ""),
     refused("zero_optimization.zeropp_loco_param", ANY, "leave it out: gradients are not quantised"),
     // What guards the choice of optimizer in DeepSpeed
-    no_effect("zero_allow_untested_optimizer", BOOL, FALSE, "every optimizer here is tested with every ZeRO stage"),
+    no_effect(
+        "zero_allow_untested_optimizer",
+        BOOL,
+        FALSE,
+        "every optimizer here is tested with every ZeRO stage",
+    ),
     no_effect("zero_force_ds_cpu_optimizer", BOOL, TRUE, "there is one implementation of the optimizer"),
 ];

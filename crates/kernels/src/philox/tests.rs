@@ -45,10 +45,8 @@ fn the_numbers_of_a_name_are_fixed_for_good() {
 // From a second implementation, in Python, with its library's logarithm, sine and cosine.
 const U64_0: u64 = 0xcb52_1c91_147c_61f8;
 const U64_MAX: u64 = 0x5915_3afd_a1fb_e658;
-const NORMAL_BITS: [u32; 6] =
-    [0x3b9c_c22a, 0xbcad_2c35, 0xbbf5_5392, 0x3cbc_af0f, 0x3c88_4c4e, 0x3c92_1b0f];
-const UNIFORM_BITS: [u32; 6] =
-    [0xbdc2_994d, 0x3d88_71d9, 0x3ddd_e4ac, 0xbe8a_b9be, 0xbf4d_05fd, 0xbe2e_ed81];
+const NORMAL_BITS: [u32; 6] = [0x3b9c_c22a, 0xbcad_2c35, 0xbbf5_5392, 0x3cbc_af0f, 0x3c88_4c4e, 0x3c92_1b0f];
+const UNIFORM_BITS: [u32; 6] = [0xbdc2_994d, 0x3d88_71d9, 0x3ddd_e4ac, 0xbe8a_b9be, 0xbf4d_05fd, 0xbe2e_ed81];
 
 #[test]
 fn logarithm_and_angles_agree_with_the_library() {
@@ -124,7 +122,9 @@ fn other_seeds_names_and_places_give_other_numbers() {
     };
     let base = draw(1, "a.weight", 0);
     assert_eq!(base, draw(1, "a.weight", 0));
-    for other in [draw(2, "a.weight", 0), draw(1, "b.weight", 0), draw(1, "a.weight", 8), draw(1 << 32, "a.weight", 0)] {
+    for other in
+        [draw(2, "a.weight", 0), draw(1, "b.weight", 0), draw(1, "a.weight", 8), draw(1 << 32, "a.weight", 0)]
+    {
         assert!(base.iter().zip(other).all(|(a, b)| *a != b));
     }
 }

@@ -238,10 +238,7 @@ impl Simd for Avx2 {
             let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
             let quiet = _mm256_or_si256(high, _mm256_set1_epi32(BF16_QUIET));
             let bf16s = _mm256_blendv_epi8(rounded, quiet, is_nan);
-            _mm_packus_epi32(
-                _mm256_castsi256_si128(bf16s),
-                _mm256_extracti128_si256::<1>(bf16s),
-            )
+            _mm_packus_epi32(_mm256_castsi256_si128(bf16s), _mm256_extracti128_si256::<1>(bf16s))
         }
     }
     #[inline(always)]

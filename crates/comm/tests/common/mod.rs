@@ -1,0 +1,245 @@
+//! Programs of collectives, run by real groups and by a plain reference.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use shardwise_comm::{Group, Part};
+use shardwise_device::{Buffer, DType, Place, Slice};
+
+/// One collective, with what every rank must agree on.
+#[derive(Debug, Clone)]
+pub enum Step {
+    AllReduce { dtype: DType, numel: usize },
+    ReduceScatter { dtype: DType, shard_dtype: DType, numel: usize, cuts: u64 },
+    AllGather { dtype: DType, numel: usize, in_place: bool },
+    Broadcast { dtype: DType, numel: usize, root: usize },
+    AllToAll { dtype: DType, numel: usize },
+    Ring { dtype: DType, numel: usize },
+    Barrier,
+}
+
+/// Sizes around the pieces that calls are cut into (slots of 4 KiB in these tests), and odd ones.
+fn numel() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(0), 1usize..20, 1000usize..1050, 1usize..6000]
+}
+
+fn number_type() -> impl Strategy<Value = DType> {
+    prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16])
+}
+
+fn any_type() -> impl Strategy<Value = DType> {
+    prop::sample::select(DType::ALL.to_vec())
+}
+
+pub fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => (number_type(), numel()).prop_map(|(dtype, numel)| Step::AllReduce { dtype, numel }),
+        4 => (number_type(), any::<bool>(), numel(), any::<u64>()).prop_map(|(dtype, wide, numel, cuts)| {
+            let shard_dtype = if wide { DType::F32 } else { dtype };
+            Step::ReduceScatter { dtype, shard_dtype, numel, cuts }
+        }),
+        3 => (any_type(), numel(), any::<bool>())
+            .prop_map(|(dtype, numel, in_place)| Step::AllGather { dtype, numel, in_place }),
+        2 => (any_type(), numel(), 0usize..8).prop_map(|(dtype, numel, root)| Step::Broadcast { dtype, numel, root }),
+        2 => (any_type(), numel()).prop_map(|(dtype, numel)| Step::AllToAll { dtype, numel }),
+        2 => (any_type(), 0usize..20_000).prop_map(|(dtype, numel)| Step::Ring { dtype, numel }),
+        1 => Just(Step::Barrier),
+    ]
+}
+
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// A rank's input: numbers of many magnitudes, so that the order of additions shows in the sum.
+fn input(seed: u64, rank: usize, dtype: DType, numel: usize) -> Buffer {
+    let mut buffer = Buffer::zeroed(dtype, numel, Place::Cpu).unwrap();
+    let bits = |i: usize| mix(seed ^ mix(rank as u64 + 1) ^ mix(i as u64 + 1000));
+    let number = |i: usize| {
+        let bits = bits(i);
+        let exponent = (bits >> 32) as i32 % 12;
+        ((bits as u32 as f64 / f64::from(u32::MAX) - 0.5) * f64::from(exponent).exp2()) as f32
+    };
+    match dtype {
+        DType::F32 => fill::<f32>(&mut buffer, number),
+        DType::Bf16 => fill(&mut buffer, |i| bf16::from_f32(number(i))),
+        DType::F16 => fill(&mut buffer, |i| f16::from_f32(number(i))),
+        DType::U8 => fill(&mut buffer, |i| bits(i) as u8),
+    }
+    buffer
+}
+
+fn fill<T: shardwise_device::Element>(buffer: &mut Buffer, value: impl Fn(usize) -> T) {
+    buffer.typed_mut::<T>().unwrap().iter_mut().enumerate().for_each(|(i, x)| *x = value(i));
+}
+
+/// `input` as parts: cut at random places; elements of some stretches are zero and given as `Zeros`.
+fn parts<'a>(input: &'a Buffer, rank: usize, cuts: u64) -> Vec<Part<'a>> {
+    let view = input.view();
+    let mut parts = Vec::new();
+    for_each_stretch(view.numel(), rank, cuts, |range, is_zero| {
+        parts.push(if is_zero { Part::Zeros(range.len()) } else { Part::Data(view.range(range)) });
+    });
+    // States the type, in case all stretches are zero.
+    parts.push(Part::Data(view.range(0..0)));
+    parts
+}
+
+fn for_each_stretch(numel: usize, rank: usize, cuts: u64, mut visit: impl FnMut(std::ops::Range<usize>, bool)) {
+    let mut at = 0;
+    for i in 0.. {
+        let bits = mix(cuts ^ mix(rank as u64 * 1000 + i));
+        let len = if bits % 7 == 0 { 0 } else { 1 + (bits >> 8) as usize % (numel / 3 + 2) };
+        let end = (at + len).min(numel);
+        visit(at..end, (bits >> 60) < 5);
+        at = end;
+        if at == numel {
+            return;
+        }
+    }
+}
+
+/// What `parts` stands for, flat.
+fn flat(mut input: Buffer, rank: usize, cuts: u64) -> Buffer {
+    let width = input.dtype().size_bytes();
+    let numel = input.numel();
+    for_each_stretch(numel, rank, cuts, |range, is_zero| {
+        if is_zero {
+            input.view_mut().bytes()[range.start * width..range.end * width].fill(0);
+        }
+    });
+    input
+}
+
+fn input_numel(step: &Step, n: usize) -> usize {
+    match *step {
+        Step::ReduceScatter { numel, .. } | Step::AllToAll { numel, .. } => numel * n,
+        Step::AllReduce { numel, .. }
+        | Step::AllGather { numel, .. }
+        | Step::Broadcast { numel, .. }
+        | Step::Ring { numel, .. } => numel,
+        Step::Barrier => 0,
+    }
+}
+
+fn input_dtype(step: &Step) -> DType {
+    match *step {
+        Step::AllReduce { dtype, .. }
+        | Step::ReduceScatter { dtype, .. }
+        | Step::AllGather { dtype, .. }
+        | Step::Broadcast { dtype, .. }
+        | Step::AllToAll { dtype, .. }
+        | Step::Ring { dtype, .. } => dtype,
+        Step::Barrier => DType::U8,
+    }
+}
+
+/// Runs a program on a group; returns the bytes of each step's result.
+pub fn run(group: &Group, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
+    let (n, me) = (group.group_size(), group.group_rank());
+    let one = |(i, step): (usize, &Step)| {
+        let dtype = input_dtype(step);
+        let mut own = input(seed + i as u64, me, dtype, input_numel(step, n));
+        let mut result = Buffer::zeroed(dtype, 0, Place::Cpu).unwrap();
+        match *step {
+            Step::AllReduce { .. } => {
+                group.all_reduce(own.view_mut()).unwrap();
+                result = own;
+            }
+            Step::ReduceScatter { shard_dtype, numel, cuts, .. } => {
+                result = Buffer::zeroed(shard_dtype, numel, Place::Cpu).unwrap();
+                group.reduce_scatter(&parts(&own, me, cuts), result.view_mut()).unwrap();
+            }
+            Step::AllGather { numel, in_place, .. } => {
+                result = Buffer::zeroed(dtype, numel * n, Place::Cpu).unwrap();
+                if in_place {
+                    let place = result.view_mut().into_range(me * numel..(me + 1) * numel);
+                    place.bytes().copy_from_slice(own.view().bytes());
+                    group.all_gather_in_place(result.view_mut()).unwrap();
+                } else {
+                    group.all_gather(own.view(), result.view_mut()).unwrap();
+                }
+            }
+            Step::Broadcast { root, .. } => {
+                group.broadcast(own.view_mut(), root % n).unwrap();
+                result = own;
+            }
+            Step::AllToAll { numel, .. } => {
+                result = Buffer::zeroed(dtype, numel * n, Place::Cpu).unwrap();
+                group.all_to_all(own.view(), result.view_mut()).unwrap();
+            }
+            Step::Ring { numel, .. } => {
+                result = Buffer::zeroed(dtype, numel, Place::Cpu).unwrap();
+                let (right, left) = ((me + 1) % n, (me + n - 1) % n);
+                if n == 1 {
+                    result = own;
+                } else if me == 0 {
+                    // One rank receives first, so that large messages cannot block each other.
+                    group.recv(result.view_mut(), left).unwrap();
+                    group.send(own.view(), right).unwrap();
+                } else {
+                    group.send(own.view(), right).unwrap();
+                    group.recv(result.view_mut(), left).unwrap();
+                }
+            }
+            Step::Barrier => group.barrier().unwrap(),
+        }
+        result.view().bytes().to_vec()
+    };
+    program.iter().enumerate().map(one).collect()
+}
+
+/// What rank `me` of `n` must get, computed one element after the other.
+pub fn reference(n: usize, me: usize, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
+    let one = |(i, step): (usize, &Step)| -> Vec<u8> {
+        let dtype = input_dtype(step);
+        let inputs: Vec<Buffer> =
+            (0..n).map(|rank| input(seed + i as u64, rank, dtype, input_numel(step, n))).collect();
+        let bytes = |rank: usize| inputs[rank].view().bytes();
+        match *step {
+            Step::AllReduce { numel, .. } => sum(&inputs, 0..numel, dtype),
+            Step::ReduceScatter { shard_dtype, numel, cuts, .. } => {
+                let inputs: Vec<_> =
+                    inputs.into_iter().enumerate().map(|(rank, input)| flat(input, rank, cuts)).collect();
+                sum(&inputs, me * numel..(me + 1) * numel, shard_dtype)
+            }
+            Step::AllGather { .. } => (0..n).flat_map(|rank| bytes(rank).to_vec()).collect(),
+            Step::Broadcast { root, .. } => bytes(root % n).to_vec(),
+            Step::AllToAll { numel, .. } => {
+                let width = dtype.size_bytes();
+                (0..n).flat_map(|rank| bytes(rank)[me * numel * width..(me + 1) * numel * width].to_vec()).collect()
+            }
+            Step::Ring { .. } => bytes((me + n - 1) % n).to_vec(),
+            Step::Barrier => Vec::new(),
+        }
+    };
+    program.iter().enumerate().map(one).collect()
+}
+
+fn sum(inputs: &[Buffer], range: std::ops::Range<usize>, out: DType) -> Vec<u8> {
+    range
+        .flat_map(|i| {
+            let mut total = widened(inputs[0].view(), i);
+            for input in &inputs[1..] {
+                total += widened(input.view(), i);
+            }
+            match out {
+                DType::F32 => total.to_ne_bytes().to_vec(),
+                DType::Bf16 => bf16::from_f32(total).to_ne_bytes().to_vec(),
+                DType::F16 => f16::from_f32(total).to_ne_bytes().to_vec(),
+                DType::U8 => unreachable!("bytes are not summed"),
+            }
+        })
+        .collect()
+}
+
+fn widened(view: Slice<'_>, i: usize) -> f32 {
+    match view.dtype() {
+        DType::F32 => view.typed::<f32>().unwrap()[i],
+        DType::Bf16 => view.typed::<bf16>().unwrap()[i].to_f32(),
+        DType::F16 => view.typed::<f16>().unwrap()[i].to_f32(),
+        DType::U8 => unreachable!("bytes are not summed"),
+    }
+}

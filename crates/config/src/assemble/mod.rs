@@ -1,0 +1,208 @@
+//! Fits checked settings together into a [`RunConfig`], and notes where each value came from.
+//!
+//! Every part is assembled even if an earlier one failed, so that one run of the command shows all problems. A
+//! part that cannot be assembled is `None`, and an error says why. The parts that come from a DeepSpeed
+//! configuration are in [`training`].
+
+mod lookup;
+mod training;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::check::Checked;
+use crate::effective::{Note, Source};
+use crate::error::ConfigError;
+use crate::inputs::{Input, InputKind};
+use crate::pattern::NamePattern;
+use crate::run_config::*;
+use crate::value::{Data, Value};
+use lookup::{Assembler, Found, whole, word};
+
+/// What the assembly leaves beside the configuration.
+pub(crate) struct Assembled {
+    pub config: Option<RunConfig>,
+    pub sources: BTreeMap<String, Source>,
+    pub inputs: Vec<Input>,
+    pub notes: Vec<Note>,
+    pub errors: Vec<ConfigError>,
+}
+
+/// Assembles the configuration of a run of `world_size` ranks; relative paths start at `folder`.
+pub(crate) fn assemble(checked: Checked, folder: &Path, world_size: usize) -> Assembled {
+    let mut assembler =
+        Assembler { checked, folder, world_size, sources: BTreeMap::new(), inputs: Vec::new() };
+    let config = assembler.run();
+    let Assembler { checked, sources, inputs, .. } = assembler;
+    Assembled { config, sources, inputs, notes: checked.notes, errors: checked.errors }
+}
+
+impl Assembler<'_> {
+    fn run(&mut self) -> Option<RunConfig> {
+        let seed = self.get("seed", whole);
+        let steps = self.get("steps", whole);
+        let device = self.get("device", |_| Some(Device::Cpu));
+        let threads = self.optional("threads_per_rank", whole);
+        let model = self.model(seed.clone());
+        let data = self.data(seed.clone());
+        let parallel = self.parallel();
+        let batch = self.batch();
+        let precision = self.precision();
+        let optimizer = self.optimizer();
+        let lr_schedule = self.lr_schedule();
+        let clip = self.get("deepspeed.gradient_clipping", Value::number);
+        let zero = self.zero();
+        let train = self.train();
+        let steps_per_print = self.optional("deepspeed.steps_per_print", whole);
+        Some(RunConfig {
+            model: model?,
+            data: data?,
+            steps: self.keep("steps", steps?),
+            seed: self.keep("seed", seed?),
+            device: self.keep("device", device?),
+            threads_per_rank: self.keep("threads_per_rank", threads?).map(|n| n as usize),
+            parallel: parallel?,
+            batch: batch?,
+            precision: precision?,
+            optimizer: optimizer?,
+            lr_schedule: lr_schedule?,
+            clip_grad_norm: Some(self.keep("clip_grad_norm", clip?)).filter(|norm| *norm > 0.0),
+            zero: zero?,
+            train: train?,
+            report: ReportConfig { steps_per_print: self.keep("report.steps_per_print", steps_per_print?) },
+        })
+    }
+
+    fn model(&mut self, seed: Option<Found<u64>>) -> Option<ModelConfig> {
+        let init_seed = self.seed_or("model.init_seed", seed);
+        let (path, config) = (self.setting("model.path"), self.setting("model.config"));
+        let source = match (path, config) {
+            (Some(path), Some(config)) => {
+                self.both(&path, &config, "a model is described once");
+                None
+            }
+            (Some(path), None) => {
+                let folder = self.input(&path, &path.value, InputKind::ModelFolder)?;
+                self.keep_set("model.path", &path);
+                Some(ModelSource::Path(folder))
+            }
+            (None, Some(config)) => {
+                self.inline("model.config", &config.value);
+                let serde_json::Value::Object(members) = config.value.to_json() else { return None };
+                Some(ModelSource::Config(members))
+            }
+            (None, None) => {
+                self.neither("model", "model.path", "or write the keys of a `config.json` as `model.config`");
+                None
+            }
+        };
+        Some(ModelConfig { source: source?, init_seed: self.keep("model.init_seed", init_seed?) })
+    }
+
+    fn data(&mut self, seed: Option<Found<u64>>) -> Option<DataConfig> {
+        let seed = self.seed_or("data.seed", seed);
+        let seq_len = self.get("data.seq_len", whole);
+        let order = self.get("data.order", |value| match word(value)?.as_str() {
+            "shuffled" => Some(SampleOrder::Shuffled),
+            "sequential" => Some(SampleOrder::Sequential),
+            _ => None,
+        });
+        let source = self.data_source();
+        Some(DataConfig {
+            source: source?,
+            seq_len: self.keep("data.seq_len", seq_len?) as usize,
+            order: self.keep("data.order", order?),
+            seed: self.keep("data.seed", seed?),
+        })
+    }
+
+    fn data_source(&mut self) -> Option<DataSource> {
+        let (tokens, text) = (self.setting("data.tokens"), self.setting("data.text"));
+        match (tokens, text) {
+            (Some(tokens), Some(text)) => {
+                self.both(&tokens, &text, "a run reads one of the two");
+                None
+            }
+            (Some(tokens), None) => {
+                self.only_with("data.tokenizer", "data.text");
+                self.expect("data", "data.dtype", "`\"u16\"` or `\"u32\"`, as the file was written");
+                let dtype = self.get("data.dtype", |value| match word(value)?.as_str() {
+                    "u16" => Some(TokenDType::U16),
+                    "u32" => Some(TokenDType::U32),
+                    _ => None,
+                });
+                let file = self.input(&tokens, &tokens.value, InputKind::File)?;
+                self.keep_set("data.tokens", &tokens);
+                Some(DataSource::Tokens { tokens: file, dtype: self.keep("data.dtype", dtype?) })
+            }
+            (None, Some(text)) => {
+                self.only_with("data.dtype", "data.tokens");
+                let hint =
+                    r#"a `tokenizer.json`, or {"train_bpe": {"vocab_size": 8192}} to train one on the text"#;
+                self.expect("data", "data.tokenizer", hint);
+                let items = match &text.value.data {
+                    Data::List(items) => items.as_slice(),
+                    _ => std::slice::from_ref(&text.value),
+                };
+                let files = items.iter().map(|item| self.input(&text, item, InputKind::Pattern)).collect();
+                self.keep_set("data.text", &text);
+                let tokenizer = self.tokenizer();
+                Some(DataSource::Text { text: Option::<Vec<_>>::expect(files, TEXTS), tokenizer: tokenizer? })
+            }
+            (None, None) => {
+                self.neither("data", "data.tokens", "or name text files as `data.text`");
+                None
+            }
+        }
+    }
+
+    fn tokenizer(&mut self) -> Option<TokenizerSource> {
+        let tokenizer = self.setting("data.tokenizer")?;
+        if tokenizer.value.text().is_some() {
+            let file = self.input(&tokenizer, &tokenizer.value, InputKind::File)?;
+            self.keep_set("data.tokenizer", &tokenizer);
+            return Some(TokenizerSource::File(file));
+        }
+        let vocab_size = self.get("data.tokenizer.train_bpe.vocab_size", whole)?;
+        let vocab_size = self.keep("data.tokenizer.train_bpe.vocab_size", vocab_size) as usize;
+        Some(TokenizerSource::TrainBpe { vocab_size })
+    }
+
+    fn parallel(&mut self) -> Option<ParallelConfig> {
+        let pipeline = self.get("parallel.pipeline", whole);
+        let tensor = self.get("parallel.tensor", whole);
+        let deadline_s = self.get("parallel.deadline_s", Value::number);
+        if let Some(size) = self.setting("deepspeed.data_parallel_size")
+            && whole(&size.value) != Some(self.world_size as u64)
+        {
+            let (at, key) = (size.value.at.clone(), size.value.at.key(&size.key));
+            let message =
+                format!("`{key}` is {}, but there are {} data-parallel ranks", size.value, self.world_size);
+            self.conflict(at, message, "leave it out: it follows from the number of ranks");
+        }
+        self.sources.insert("parallel.world_size".to_string(), Source::Argument("-n"));
+        self.sources.insert("parallel.data".to_string(), Source::Derived("the number of ranks".to_string()));
+        Some(ParallelConfig {
+            world_size: self.world_size,
+            data: self.world_size,
+            pipeline: self.keep("parallel.pipeline", pipeline?) as usize,
+            tensor: self.keep("parallel.tensor", tensor?) as usize,
+            deadline_s: self.keep("parallel.deadline_s", deadline_s?),
+        })
+    }
+
+    fn train(&mut self) -> Option<TrainConfig> {
+        let patterns = |value: &Value| match &value.data {
+            Data::List(items) => items.iter().map(|item| item.text().map(NamePattern::new)).collect(),
+            _ => None,
+        };
+        let no_decay = self.get("train.no_decay", patterns);
+        let frozen = self.get("train.frozen", patterns);
+        Some(TrainConfig {
+            no_decay: self.keep("train.no_decay", no_decay?),
+            frozen: self.keep("train.frozen", frozen?),
+        })
+    }
+}
+
+const TEXTS: &str = "the check admits only text here";
