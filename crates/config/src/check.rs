@@ -164,7 +164,8 @@ fn among(listed: &[&str], value: &Value) -> bool {
 
 /// A value written in a table.
 pub(crate) fn literal(json: &str) -> Value {
-    json::read_override(json, &"default".into()).expect("values in the key tables are JSON, as a test checks")
+    json::read_override(json, &"default".into(), "")
+        .expect("values in the key tables are JSON, as a test checks")
 }
 
 fn well_formed(key: &Key, value: &Value, typed: &str, path: &str) -> Result<(), ConfigError> {
@@ -192,7 +193,7 @@ fn well_formed(key: &Key, value: &Value, typed: &str, path: &str) -> Result<(), 
     })
 }
 
-fn matches(kind: Kind, value: &Value) -> bool {
+pub(crate) fn matches(kind: Kind, value: &Value) -> bool {
     let texts = |items: &[Value]| items.iter().all(|item| item.text().is_some());
     match (kind, &value.data) {
         (Kind::Any, _) => true,
@@ -220,7 +221,7 @@ fn type_hint(key: &Key, value: &Value) -> Option<String> {
     match &value.data {
         Data::Null => Some("leave the key out for its default".to_string()),
         Data::Text(text) => {
-            let unquoted = json::read_override(text, &"".into()).ok()?;
+            let unquoted = json::read_override(text, &"".into(), "").ok()?;
             matches(key.kind, &unquoted).then(|| "remove the quotes".to_string())
         }
         Data::List(_) | Data::Object(_) => None,

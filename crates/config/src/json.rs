@@ -15,22 +15,21 @@ const MAX_DEPTH: usize = 64;
 
 /// Reads a whole file. `None` after a syntax error, which is then among `errors`.
 pub(crate) fn read_file(text: &str, file: &Arc<SourceFile>, errors: &mut Vec<ConfigError>) -> Option<Value> {
-    read(text, Place::File(file), errors)
+    read(text, Place::File(file), file.root, errors)
 }
 
-/// Reads the value of a `--set`. `Err` holds what is wrong with it as JSON.
-pub(crate) fn read_override(text: &str, origin: &Arc<str>) -> Result<Value, Vec<ConfigError>> {
+/// Reads the value of a `--set` of the key `path`. `Err` holds what is wrong with it as JSON.
+pub(crate) fn read_override(text: &str, origin: &Arc<str>, path: &str) -> Result<Value, Vec<ConfigError>> {
     let mut errors = Vec::new();
-    match read(text, Place::Override(origin), &mut errors) {
+    match read(text, Place::Override(origin), path, &mut errors) {
         Some(value) if errors.is_empty() => Ok(value),
         _ => Err(errors),
     }
 }
 
-fn read(text: &str, place: Place<'_>, errors: &mut Vec<ConfigError>) -> Option<Value> {
+fn read(text: &str, place: Place<'_>, path: &str, errors: &mut Vec<ConfigError>) -> Option<Value> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut reader =
-        Reader { text, pos: 0, line: 1, line_start: 0, place, path: place.root().to_string(), errors };
+    let mut reader = Reader { text, pos: 0, line: 1, line_start: 0, place, path: path.to_string(), errors };
     match reader.document() {
         Ok(value) => Some(value),
         Err(Syntax { message, hint }) => {
@@ -45,15 +44,6 @@ fn read(text: &str, place: Place<'_>, errors: &mut Vec<ConfigError>) -> Option<V
 enum Place<'a> {
     File(&'a Arc<SourceFile>),
     Override(&'a Arc<str>),
-}
-
-impl Place<'_> {
-    fn root(&self) -> &'static str {
-        match self {
-            Place::File(file) => file.root,
-            Place::Override(_) => "",
-        }
-    }
 }
 
 /// A syntax error at the reader's position.

@@ -52,7 +52,7 @@ impl RunConfig {
         }
         load_deepspeed(&mut root, folder, &mut bad, &mut errors);
         let Assembled { config, sources, inputs, notes, errors } =
-            assemble(check(&root, bad, errors), folder, world_size);
+            assemble(check(&root, bad, errors), folder, world_size.max(1));
         match config {
             Some(config) if errors.is_empty() => {
                 let effective = Effective::new(&config, &sources, notes);

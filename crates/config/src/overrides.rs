@@ -45,7 +45,7 @@ impl Override {
         }
         let origin: Arc<str> = text.into();
         let at = Origin::Override(Arc::clone(&origin));
-        let value = match json::read_override(value, &origin) {
+        let value = match json::read_override(value, &origin, &path.join(".")) {
             Ok(value) => value,
             Err(errors) => match errors.into_iter().find(|e| matches!(e, ConfigError::DuplicateKey { .. })) {
                 Some(duplicate) => return Err(duplicate),

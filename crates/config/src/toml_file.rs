@@ -10,7 +10,8 @@ use crate::value::{Data, Origin, SourceFile, Value};
 
 /// Reads a whole file; every syntax error and duplicate key of it lands in `errors`.
 pub(crate) fn read_file(text: &str, file: &Arc<SourceFile>, errors: &mut Vec<ConfigError>) -> Option<Value> {
-    let (table, problems) = DeTable::parse_recoverable(text);
+    let (table, mut problems) = DeTable::parse_recoverable(text);
+    problems.sort_by_key(|problem| problem.span().map(|span| span.start));
     let reader = Reader { text, file };
     for problem in &problems {
         let start = problem.span().map_or(0, |span| span.start);

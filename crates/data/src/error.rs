@@ -123,7 +123,9 @@ pub enum DataError {
         num_texts: usize,
     },
     /// A vocabulary too small for byte-level BPE.
-    #[error("`vocab_size` is `{vocab_size}`, byte-level BPE needs at least `{minimum}` (256 bytes and the end of text)")]
+    #[error(
+        "`vocab_size` is `{vocab_size}`, byte-level BPE needs at least `{minimum}` (256 bytes and the end of text)"
+    )]
     VocabTooSmall {
         /// The size asked for.
         vocab_size: usize,

@@ -39,10 +39,20 @@ impl Pieces {
     }
 
     fn with_size(path: &Path, piece_bytes: usize) -> Result<Pieces, DataError> {
-        let file =
-            File::open(path).map_err(|source| DataError::Io { action: "open", path: path.to_owned(), source })?;
+        let file = File::open(path).map_err(|source| DataError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        })?;
         let buffer = Vec::with_capacity(piece_bytes);
-        Ok(Pieces { path: path.to_owned(), file, piece_bytes, buffer, offset_bytes: 0, state: State::Reading })
+        Ok(Pieces {
+            path: path.to_owned(),
+            file,
+            piece_bytes,
+            buffer,
+            offset_bytes: 0,
+            state: State::Reading,
+        })
     }
 
     fn next_piece(&mut self) -> Result<Option<String>, DataError> {
@@ -116,7 +126,10 @@ mod tests {
 
     #[test]
     fn pieces_end_before_white_space() {
-        assert_eq!(pieces(b"one two\nthree four.  five", 10).unwrap(), ["one two", "\nthree", " four.", "  five"]);
+        assert_eq!(
+            pieces(b"one two\nthree four.  five", 10).unwrap(),
+            ["one two", "\nthree", " four.", "  five"]
+        );
         assert_eq!(pieces(b"", 8).unwrap(), [""; 0]);
     }
 

@@ -101,7 +101,8 @@ impl Sampler {
         let BatchShape { micro_batch, grad_accum_steps, data_parallel, .. } = self.shape;
         assert!(accum < grad_accum_steps, "accumulation `{accum}` of `{grad_accum_steps}`");
         assert!(dp_rank < data_parallel, "data-parallel rank `{dp_rank}` of `{data_parallel}`");
-        let micro_batches = (step * grad_accum_steps as u64 + accum as u64) * data_parallel as u64 + dp_rank as u64;
+        let micro_batches =
+            (step * grad_accum_steps as u64 + accum as u64) * data_parallel as u64 + dp_rank as u64;
         let first = micro_batches * micro_batch as u64;
 
         let (n, order) = (self.num_samples, self.order);

@@ -7,7 +7,7 @@
 //! ```text
 //! CACHE/<hash>/tokenizer.json   as given, or trained
 //! CACHE/<hash>/tokens.bin       all texts, each followed by the end-of-text token
-//! CACHE/<hash>/cache.json       how many tokens, of which type
+//! CACHE/<hash>/cache.json       how many tokens, of what vocabulary
 //! ```
 //!
 //! Ranks that start together may all call this. One holds a lock and works, the others wait and find its result. The
@@ -198,7 +198,10 @@ impl Texts<'_> {
             Source::File { path, json } => {
                 let tokenizer = Tokenizer::from_json(&json, path)?;
                 if self.files.len() > 1 && tokenizer.end_of_text().is_none() {
-                    return Err(DataError::NoEndOfText { path: path.to_owned(), num_texts: self.files.len() });
+                    return Err(DataError::NoEndOfText {
+                        path: path.to_owned(),
+                        num_texts: self.files.len(),
+                    });
                 }
                 (tokenizer, json)
             }
@@ -225,7 +228,8 @@ impl Texts<'_> {
     }
 
     fn train_bpe(&self, vocab_size: usize) -> Result<Tokenizer, DataError> {
-        let pieces: Vec<Pieces> = self.files.iter().map(|path| Pieces::open(path)).collect::<Result<_, _>>()?;
+        let pieces: Vec<Pieces> =
+            self.files.iter().map(|path| Pieces::open(path)).collect::<Result<_, _>>()?;
         let mut failure = None;
         let good = pieces.into_iter().flatten().map_while(|piece| piece.map_err(|e| failure = Some(e)).ok());
         let tokenizer = Tokenizer::train_bpe(vocab_size, good)?;
@@ -316,4 +320,169 @@ fn write_synced(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) ->
 
 fn io(action: &'static str, path: &Path, source: io::Error) -> DataError {
     DataError::Io { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &str =
+        "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n";
+    const TWO: &str =
+        "The slings and arrows of outrageous fortune,\nOr to take arms against a sea of troubles\n";
+
+    struct Scratch {
+        dir: tempfile::TempDir,
+    }
+
+    impl Scratch {
+        fn new() -> Scratch {
+            Scratch { dir: tempfile::tempdir().unwrap() }
+        }
+
+        fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+            let path = self.dir.path().join(name);
+            fs::write(&path, content).unwrap();
+            path
+        }
+
+        fn cache(&self) -> PathBuf {
+            self.dir.path().join("cache/of/tokens")
+        }
+
+        fn prepare(&self, files: &[PathBuf], source: &TokenizerSource) -> Result<PreparedText, DataError> {
+            prepare_text(files, source, &self.cache(), &mut |_| {})
+        }
+
+        fn num_entries(&self) -> usize {
+            fs::read_dir(self.cache()).unwrap().count()
+        }
+    }
+
+    const TRAIN: TokenizerSource = TokenizerSource::TrainBpe { vocab_size: 300 };
+
+    fn read_all(prepared: &PreparedText) -> Vec<i64> {
+        let mut tokens = vec![0; prepared.tokens.num_tokens()];
+        prepared.tokens.copy_to_i64(0..tokens.len(), &mut tokens).unwrap();
+        tokens
+    }
+
+    #[test]
+    fn texts_are_tokenised_once_and_end_with_the_end_of_text() {
+        let scratch = Scratch::new();
+        let files = [scratch.file("one.txt", ONE.repeat(500)), scratch.file("two.txt", TWO)];
+        let mut seen = Vec::new();
+        let prepared = prepare_text(&files, &TRAIN, &scratch.cache(), &mut |p| seen.push(p)).unwrap();
+        assert!(seen.contains(&Progress::Training));
+        let total_bytes = (ONE.len() * 500 + TWO.len()) as u64;
+        assert_eq!(seen.last(), Some(&Progress::Tokenizing { done_bytes: total_bytes, total_bytes }));
+
+        let tokenizer = Tokenizer::load(&prepared.tokenizer_json).unwrap();
+        assert_eq!((prepared.vocab_size, tokenizer.vocab_size()), (300, 300));
+        assert_eq!(prepared.tokens.dtype(), TokenDType::U16);
+        let end = tokenizer.end_of_text().unwrap();
+        let expected: Vec<i64> = [ONE.repeat(500).as_str(), TWO]
+            .iter()
+            .flat_map(|text| tokenizer.encode(text).unwrap().into_iter().chain([end]))
+            .map(i64::from)
+            .collect();
+        assert!(read_all(&prepared) == expected);
+
+        seen.clear();
+        let again = prepare_text(&files, &TRAIN, &scratch.cache(), &mut |p| seen.push(p)).unwrap();
+        assert!(seen.iter().all(|p| matches!(p, Progress::Reading { .. })), "{seen:?}");
+        assert_eq!(again.tokens.path(), prepared.tokens.path());
+        assert_eq!(scratch.num_entries(), 1);
+    }
+
+    #[test]
+    fn whatever_matters_makes_another_entry() {
+        let scratch = Scratch::new();
+        let (one, two) = (scratch.file("one.txt", ONE), scratch.file("two.txt", TWO));
+        let joined = scratch.file("joined.txt", format!("{ONE}{TWO}"));
+        let json = fs::read(scratch.prepare(&[one.clone()], &TRAIN).unwrap().tokenizer_json).unwrap();
+        let given = TokenizerSource::File(scratch.file("tokenizer.json", json));
+        scratch.prepare(&[one.clone(), two.clone()], &TRAIN).unwrap();
+        scratch.prepare(&[two, one.clone()], &TRAIN).unwrap();
+        scratch.prepare(&[joined], &TRAIN).unwrap();
+        scratch.prepare(&[one.clone()], &TokenizerSource::TrainBpe { vocab_size: 301 }).unwrap();
+        scratch.prepare(&[one.clone()], &given).unwrap();
+        assert_eq!(scratch.num_entries(), 6);
+        // A name does not matter.
+        scratch.prepare(&[scratch.file("renamed.txt", ONE)], &TRAIN).unwrap();
+        assert_eq!(scratch.num_entries(), 6);
+    }
+
+    #[test]
+    fn ranks_that_race_agree() {
+        let scratch = Scratch::new();
+        let files = [scratch.file("one.txt", ONE.repeat(50))];
+        let tokens: Vec<_> = std::thread::scope(|scope| {
+            let ranks: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| read_all(&scratch.prepare(&files, &TRAIN).unwrap()))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        assert!(tokens.windows(2).all(|pair| pair[0] == pair[1]));
+        assert_eq!(scratch.num_entries(), 1);
+    }
+
+    #[test]
+    fn a_loser_of_the_race_without_locks_uses_the_winners_entry() {
+        let scratch = Scratch::new();
+        let files = [scratch.file("one.txt", ONE)];
+        let first = scratch.prepare(&files, &TRAIN).unwrap();
+        let entry = first.tokens.path().parent().unwrap();
+        let texts = Texts { files: &files, total_bytes: ONE.len() as u64 };
+        texts.build_entry(Source::TrainBpe { vocab_size: 300 }, entry, &mut |_| {}).unwrap();
+        assert_eq!(scratch.num_entries(), 1);
+    }
+
+    #[test]
+    fn texts_that_cannot_be_used_are_named() {
+        let scratch = Scratch::new();
+        let good = scratch.file("good.txt", ONE);
+        let message =
+            |path: &Path| scratch.prepare(&[good.clone(), path.to_owned()], &TRAIN).unwrap_err().to_string();
+        let (empty, blank) = (scratch.file("empty.txt", ""), scratch.file("blank.txt", " \n\n"));
+        assert_eq!(message(&empty), format!("text file `{}` is empty", empty.display()));
+        assert_eq!(message(&blank), format!("text file `{}` is empty", blank.display()));
+        let latin1 = scratch.file("latin1.txt", b"caf\xe9 au lait");
+        assert!(message(&latin1).contains("latin1.txt` is not UTF-8 at byte `3`"));
+        let missing = scratch.dir.path().join("missing.txt");
+        assert_eq!(message(&missing), format!("could not open `{}`", missing.display()));
+        assert!(message(scratch.dir.path()).starts_with("could not read `"));
+        assert!(matches!(scratch.prepare(&[], &TRAIN), Err(DataError::NoTexts)));
+        assert!(!scratch.cache().exists());
+    }
+
+    #[test]
+    fn a_failure_leaves_nothing_in_the_cache() {
+        let scratch = Scratch::new();
+        let given = TokenizerSource::File(scratch.file("tokenizer.json", "{}"));
+        let error = scratch.prepare(&[scratch.file("one.txt", ONE)], &given).unwrap_err();
+        assert!(matches!(error, DataError::LoadTokenizer { .. }), "{error}");
+        assert_eq!(scratch.num_entries(), 0);
+    }
+
+    #[test]
+    fn several_texts_need_an_end_of_text() {
+        let scratch = Scratch::new();
+        let trained = scratch.prepare(&[scratch.file("one.txt", ONE)], &TRAIN).unwrap();
+        let json = fs::read_to_string(trained.tokenizer_json).unwrap().replace("<|endoftext|>", "<|other|>");
+        let given = TokenizerSource::File(scratch.file("tokenizer.json", json));
+        let files = [scratch.file("one.txt", ONE), scratch.file("two.txt", TWO)];
+        scratch.prepare(&files[..1], &given).unwrap();
+        assert!(matches!(scratch.prepare(&files, &given), Err(DataError::NoEndOfText { num_texts: 2, .. })));
+    }
+
+    #[test]
+    fn a_damaged_entry_is_an_error() {
+        let scratch = Scratch::new();
+        let files = [scratch.file("one.txt", ONE)];
+        let path = scratch.prepare(&files, &TRAIN).unwrap().tokens.path().to_owned();
+        let half = fs::metadata(&path).unwrap().len() / 4 * 2;
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(half).unwrap();
+        let error = scratch.prepare(&files, &TRAIN).unwrap_err().to_string();
+        assert!(error.contains("is damaged: it has") && error.contains("delete this folder"), "{error}");
+    }
 }

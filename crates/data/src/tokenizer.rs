@@ -32,7 +32,11 @@ impl Tokenizer {
     /// [`DataError::Io`], [`DataError::LoadTokenizer`].
     pub fn load(path: impl AsRef<Path>) -> Result<Tokenizer, DataError> {
         let path = path.as_ref();
-        let json = fs::read(path).map_err(|source| DataError::Io { action: "read", path: path.to_owned(), source })?;
+        let json = fs::read(path).map_err(|source| DataError::Io {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        })?;
         Tokenizer::from_json(&json, path)
     }
 
@@ -87,7 +91,8 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`].
     pub fn to_json(&self) -> Result<String, DataError> {
-        let failed = |e: tokenizers::Error| DataError::Tokenizer { action: "serialise", reason: e.to_string() };
+        let failed =
+            |e: tokenizers::Error| DataError::Tokenizer { action: "serialise", reason: e.to_string() };
         self.inner.to_string(false).map_err(failed)
     }
 
@@ -204,7 +209,8 @@ impl TextStream<'_> {
 mod tests {
     use super::*;
 
-    const TEXT: &str = "the cat and the dog and the bird: naïve café, 東京, 🦀🦀. The end.\n\n\nThe  cat's end.\n";
+    const TEXT: &str =
+        "the cat and the dog and the bird: naïve café, 東京, 🦀🦀. The end.\n\n\nThe  cat's end.\n";
 
     fn trained(vocab_size: usize) -> Tokenizer {
         Tokenizer::train_bpe(vocab_size, std::iter::repeat_n(TEXT.to_owned(), 3)).unwrap()
@@ -273,15 +279,17 @@ mod tests {
         std::fs::write(&path, "{\"model\": 5}").unwrap();
         let error = Tokenizer::load(&path).unwrap_err().to_string();
         assert!(error.starts_with(&format!("could not load tokenizer `{}`: ", path.display())), "{error}");
-        assert!(Tokenizer::load(dir.path().join("none")).unwrap_err().to_string().starts_with("could not read"));
+        assert!(
+            Tokenizer::load(dir.path().join("none")).unwrap_err().to_string().starts_with("could not read")
+        );
     }
 
     #[test]
     fn truncation_in_the_file_does_not_drop_text() {
         let mut json: serde_json::Value = serde_json::from_str(&trained(270).to_json().unwrap()).unwrap();
-        json["truncation"] =
-            serde_json::json!({ "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 });
-        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), Path::new("tokenizer.json")).unwrap();
+        json["truncation"] = serde_json::json!({ "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 });
+        let tokenizer =
+            Tokenizer::from_json(json.to_string().as_bytes(), Path::new("tokenizer.json")).unwrap();
         assert_eq!(tokenizer.decode(&tokenizer.encode(TEXT).unwrap()).unwrap(), TEXT);
     }
 }

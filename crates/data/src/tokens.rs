@@ -117,7 +117,9 @@ impl TokenFile {
             TokenDType::U32 => copy(bytemuck::cast_slice::<u8, u32>(bytes), out),
         };
         match self.vocab_size {
-            Some(vocab_size) if largest >= vocab_size as i64 => Err(self.out_of_vocab(range.start, out, vocab_size)),
+            Some(vocab_size) if largest >= vocab_size as i64 => {
+                Err(self.out_of_vocab(range.start, out, vocab_size))
+            }
             _ => Ok(()),
         }
     }
@@ -186,7 +188,10 @@ mod tests {
     fn a_part_of_a_token_is_refused() {
         let (_dir, path) = file(&[0; 6]);
         let error = TokenFile::open(&path, TokenDType::U32).unwrap_err().to_string();
-        assert!(error.ends_with("has `6` bytes, expected a multiple of `4` for tokens of type `u32`"), "{error}");
+        assert!(
+            error.ends_with("has `6` bytes, expected a multiple of `4` for tokens of type `u32`"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -195,7 +200,10 @@ mod tests {
         let tokens = TokenFile::open(&path, TokenDType::U16).unwrap().with_vocab_size(10);
         tokens.copy_to_i64(2..3, &mut [0]).unwrap();
         let error = tokens.copy_to_i64(2..4, &mut [0; 2]).unwrap_err().to_string();
-        assert!(error.contains("token `10` at byte `6`, expected less than the vocabulary size `10`"), "{error}");
+        assert!(
+            error.contains("token `10` at byte `6`, expected less than the vocabulary size `10`"),
+            "{error}"
+        );
         assert!(TokenFile::open(&path, TokenDType::U16).unwrap().copy_to_i64(0..4, &mut [0; 4]).is_ok());
     }
 

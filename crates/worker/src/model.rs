@@ -106,9 +106,17 @@ fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
             overlap: match run.zero.overlap_comm {
                 CommOverlap::Blocking => Overlap::Inline,
                 CommOverlap::Overlapped => Overlap::SideThread,
+                CommOverlap::Automatic if has_spare_cores(run, threads) => Overlap::SideThread,
+                CommOverlap::Automatic => Overlap::Inline,
             },
             threads,
         },
         frozen: names(&run.train.frozen),
     }
+}
+
+/// Whether each rank has a core for a second thread that copies while the others compute.
+fn has_spare_cores(run: &RunConfig, threads: Threads) -> bool {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    run.parallel.world_size > 1 && cores >= run.parallel.world_size * (threads.get() + 1)
 }

@@ -1,0 +1,224 @@
+//! The key tables hold together, and do what they say.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::check::{BATCH_KEYS, literal};
+use crate::keys::{DEEPSPEED, TABLES, deepspeed::ALIASES};
+use crate::schema::{Fate, Key, Kind, Schema, Unset};
+use crate::value::join;
+
+/// A value that the key takes, as JSON: not its default where there is a choice.
+fn sample(path: &str, key: &Key) -> String {
+    let listed = match key.fate {
+        Fate::Only(values, _) | Fate::Always(values, _) => values.first().map(|json| json.to_string()),
+        _ => None,
+    };
+    let by_name = match path {
+        "model" => Some(r#"{"path": "m"}"#),
+        "data" => Some(r#"{"tokens": "t.bin", "dtype": "u16", "seq_len": 8}"#),
+        "data.tokenizer.train_bpe" => Some(r#"{"vocab_size": 300}"#),
+        "deepspeed" => Some(r#"{"train_batch_size": 1, "optimizer": {"type": "AdamW"}}"#),
+        "deepspeed.optimizer" => Some(r#"{"type": "AdamW"}"#),
+        "deepspeed.scheduler" => Some(r#"{"type": "WarmupLR"}"#),
+        "deepspeed.optimizer.type" => Some("\"Adam\""),
+        "deepspeed.scheduler.type" => Some("\"WarmupLR\""),
+        "deepspeed.communication_data_type" | "deepspeed.data_types.param_dtype" => Some("\"fp32\""),
+        "deepspeed.data_parallel_size" => Some("1"),
+        _ => None,
+    };
+    listed.or(by_name.map(str::to_string)).unwrap_or_else(|| match key.kind {
+        Kind::Bool => "true".to_string(),
+        Kind::Int(min, max) => min.max(0).saturating_add(1).min(max).to_string(),
+        Kind::AtLeast(_) | Kind::Within(_, _) => "0.5".to_string(),
+        Kind::Above(_) => "1.5".to_string(),
+        Kind::Text | Kind::TextOrGroup => "\"some\"".to_string(),
+        Kind::Choice(words) => format!("{:?}", words[words.len() - 1]),
+        Kind::Texts | Kind::TextOrTexts => "[\"some\"]".to_string(),
+        Kind::Betas => "[0.5, 0.25]".to_string(),
+        Kind::Group | Kind::Object => "{}".to_string(),
+        Kind::Any => "1".to_string(),
+    })
+}
+
+/// A configuration with room for the key, and nothing set twice.
+fn base(path: &str) -> Vec<&'static str> {
+    match path {
+        _ if path.starts_with("data.text") || path.starts_with("data.tokenizer") => {
+            vec![r#"data={"text": "a.txt", "tokenizer": {"train_bpe": {"vocab_size": 300}}, "seq_len": 8}"#]
+        }
+        _ if path.starts_with("model.config") => vec!["model={}"],
+        _ if path.starts_with("deepspeed.scheduler") => vec![r#"deepspeed.scheduler={"type": "WarmupLR"}"#],
+        "deepspeed.train_batch_size" => vec!["deepspeed.train_micro_batch_size_per_gpu=null"],
+        _ => vec![],
+    }
+}
+
+/// Loads a small configuration in which `path` is set to `json`.
+fn load_with(path: &str, json: &str) -> Result<Loaded, String> {
+    let set = format!("{path}={json}");
+    let mut sets = base(path);
+    sets.push(&set);
+    load(&run_with(&deepspeed("")), &sets, 1)
+}
+
+#[test]
+fn rows_are_well_formed() {
+    let rows = TABLES.iter().flat_map(|(root, table)| table.iter().map(|key| join(root, key.path)));
+    let paths: Vec<String> = rows.collect();
+    let distinct: BTreeSet<&String> = paths.iter().collect();
+    assert_eq!(distinct.len(), paths.len(), "a key has two rows");
+    let schema = Schema::new();
+    for (path, key) in schema.iter() {
+        if let Some((group, _)) = path.rsplit_once('.') {
+            let group = schema.key(group).unwrap_or_else(|| panic!("`{path}` has no group"));
+            assert!(matches!(group.kind, Kind::Group | Kind::TextOrGroup), "{path}");
+        }
+        let (default, values) = (
+            match key.default {
+                Unset::Is(json) | Unset::Remarkable(json, _) => Some(json),
+                Unset::Nothing | Unset::Required(_) => None,
+            },
+            match key.fate {
+                Fate::Only(values, _) | Fate::Always(values, _) => values,
+                _ => &[],
+            },
+        );
+        for json in default.iter().chain(values) {
+            let value = literal(json);
+            assert!(crate::check::matches(key.kind, &value), "{path}: {json} is not {}", key.kind.describe());
+        }
+        // What holds when nothing is set must not be something we refuse.
+        if let (Some(default), false) = (default, values.is_empty()) {
+            assert!(values.iter().any(|value| literal(value).means(&literal(default))), "{path}");
+        }
+    }
+    for (alias, target) in ALIASES {
+        assert!(schema.key(&join(DEEPSPEED, alias)).is_none(), "{alias} is a key itself");
+        assert!(schema.key(&join(DEEPSPEED, target)).is_some(), "{target} is not a key");
+    }
+}
+
+#[test]
+fn every_key_is_taken_noted_or_refused_by_name() {
+    for (path, key) in Schema::new().iter() {
+        let json = sample(path, key);
+        let outcome = load_with(path, &json);
+        let named = format!("`{path}`");
+        match key.fate {
+            Fate::Used | Fate::Only(..) => {
+                drop(outcome.unwrap_or_else(|says| panic!("{path}={json}: {says}")))
+            }
+            Fate::NoEffect(_) | Fate::Always(..) => {
+                let loaded = outcome.unwrap_or_else(|says| panic!("{path}={json}: {says}"));
+                assert!(loaded.effective().notes().iter().any(|note| note.key == path), "{path} has no note");
+            }
+            Fate::Refused(_) => {
+                let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
+                assert!(says.contains(&format!("{named} is not supported yet")), "{says}");
+            }
+            Fate::Inner => {
+                let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
+                assert!(says.contains("is not supported yet") && !says.contains("not a known key"), "{says}");
+            }
+            Fate::BelongsTo(owner) => {
+                let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
+                assert!(says.contains(&format!("{named} is a parameter of {owner}")), "{says}");
+            }
+            Fate::Misplaced(hint) => {
+                let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
+                assert!(says.contains(&format!("{named} is not a setting\nhint: {hint}")), "{says}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_used_value_shows_up_in_the_configuration() {
+    // These only have to agree with the rest of the configuration.
+    let checked_only = [
+        "deepspeed.communication_data_type",
+        "deepspeed.data_parallel_size",
+        "deepspeed.data_types.param_dtype",
+        "deepspeed.optimizer.params.torch_adam",
+    ];
+    for (path, key) in Schema::new().iter().filter(|(_, key)| key.fate == Fate::Used) {
+        if matches!(key.kind, Kind::Group) || path == DEEPSPEED || checked_only.contains(&path) {
+            continue;
+        }
+        let json = sample(path, key);
+        let loaded = load_with(path, &json).unwrap();
+        let source = format!("--set {path}={json}");
+        let rows = loaded.effective().values();
+        assert!(rows.iter().any(|row| row.source == source), "{path} ends up nowhere");
+    }
+}
+
+#[test]
+fn other_values_of_limited_keys_are_refused() {
+    let mut tried = 0;
+    for (path, key) in Schema::new().iter() {
+        let (Fate::Only(values, _) | Fate::Always(values, _)) = key.fate else { continue };
+        let others =
+            ["true", "false", "2", "-5", "0.25", "\"cuda\"", "\"cpu\"", "\"sum\"", "\"bf16\"", "[\"a\"]"];
+        for json in others {
+            let value = literal(json);
+            if !crate::check::matches(key.kind, &value) || values.iter().any(|v| literal(v).means(&value)) {
+                continue;
+            }
+            let says = load_with(path, json).err().unwrap_or_else(|| panic!("{path}={json} was accepted"));
+            assert!(says.contains("is not supported yet") && says.contains(path), "{says}");
+            tried += 1;
+        }
+    }
+    assert!(tried > 60, "only {tried}");
+}
+
+#[test]
+fn every_leaf_refuses_auto_or_knows_it() {
+    for (path, key) in Schema::new().iter() {
+        if matches!(key.kind, Kind::TextOrTexts | Kind::TextOrGroup) || key.takes_auto() {
+            continue;
+        }
+        // Groups refused as a whole and keys that are no keys have their own words.
+        if path.starts_with("deepspeed.") && !matches!(key.fate, Fate::Misplaced(_)) {
+            match load_with(path, "auto") {
+                Ok(_) => assert!(BATCH_KEYS.contains(&path), "{path}"),
+                Err(says) => assert!(says.contains(&format!("`{path}` is `\"auto\"`")), "{path}: {says}"),
+            }
+        }
+    }
+}
+
+/// One slip of the finger in the last part of a path.
+fn slip(path: &str, at: usize, kind: u8, letter: char) -> String {
+    let (group, name) = path.rsplit_once('.').map_or(("", path), |(group, name)| (group, name));
+    let mut letters: Vec<char> = name.chars().collect();
+    let at = at % letters.len();
+    match kind {
+        0 => letters.insert(at, letter),
+        1 => letters[at] = letter,
+        2 if letters.len() > 1 => drop(letters.remove(at)),
+        _ => letters.swap(at, (at + 1) % name.len()),
+    }
+    join(group, &letters.into_iter().collect::<String>())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn a_typo_is_never_accepted(pick: prop::sample::Index, at: usize, kind in 0u8..4, letter in "[a-z_]") {
+        let schema = Schema::new();
+        let paths: Vec<&str> = schema.iter().map(|(path, _)| path).collect();
+        let path = paths[pick.index(paths.len())];
+        let typo = slip(path, at, kind, letter.chars().next().unwrap());
+        prop_assume!(schema.key(schema.canonical(&typo)).is_none() && path != DEEPSPEED);
+        prop_assume!(!path.starts_with("data.tokenizer."));
+        let says = load_with(&typo, "1").err();
+        let named = format!("`{typo}` is not a known key");
+        prop_assert!(says.as_ref().is_some_and(|says| says.contains(&named)), "{:?}", says);
+    }
+}
