@@ -5,6 +5,7 @@
 //! The code under test is the real [`shardwise_comm::word::Word`]; only the atomic number and the kernel's futex are loom's. A slot that is
 //! read while it is written, or read before it is published, is a failure; so is a wake-up that gets lost, as sleeping has no timeout
 //! here and the model would never end.
+#![allow(unexpected_cfgs, reason = "`--cfg loom` is given by hand")]
 #![cfg(loom)]
 
 use std::time::Duration;

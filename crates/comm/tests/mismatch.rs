@@ -210,9 +210,11 @@ fn a_panicking_rank_hangs_nobody() {
 
 #[test]
 fn an_error_in_a_subgroup_is_everyones() {
+    let gate = std::sync::Barrier::new(4);
     let errors = run(4, |world| {
         let pairs = [[0, 1], [2, 3]].map(|ranks| world.subgroup("pair", &ranks).unwrap());
         let pair = pairs.into_iter().flatten().next().unwrap();
+        gate.wait();
         if world.group_rank() == 3 {
             pair.poison("enough");
         }

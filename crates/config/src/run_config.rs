@@ -12,7 +12,6 @@ use crate::schedule::LrSchedule;
 
 /// Everything a run needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
 pub struct RunConfig {
     /// The model.
     pub model: ModelConfig,
@@ -48,7 +47,6 @@ pub struct RunConfig {
 
 /// The model and where its first weights come from.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
 pub struct ModelConfig {
     /// The model's description.
     #[serde(flatten)]
@@ -69,7 +67,6 @@ pub enum ModelSource {
 
 /// What the model is trained on.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
 pub struct DataConfig {
     /// Tokens, or text and a tokenizer.
     #[serde(flatten)]
@@ -146,7 +143,6 @@ pub enum Device {
 
 /// How the ranks divide the work: `pipeline * data * tensor = world_size`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
 pub struct ParallelConfig {
     /// Number of ranks.
     pub world_size: usize,
@@ -162,7 +158,6 @@ pub struct ParallelConfig {
 
 /// Batch sizes in samples: `global_batch_size = micro_batch * grad_accum_steps * data-parallel ranks`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
 pub struct BatchConfig {
     /// Samples of one optimizer step over all ranks.
     pub global_batch_size: usize,
@@ -202,7 +197,6 @@ pub enum Optimizer {
 
 /// The constants of AdamW; bias correction is always on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-#[non_exhaustive]
 pub struct AdamWConfig {
     /// Decay rates of the first and second moment.
     pub betas: [f64; 2],
@@ -214,7 +208,6 @@ pub struct AdamWConfig {
 
 /// How model state is sharded over the data-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
 pub struct ZeroConfig {
     /// What is sharded.
     pub stage: ZeroStage,
@@ -274,7 +267,6 @@ pub enum CommOverlap {
 
 /// Parameters treated apart, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
 pub struct TrainConfig {
     /// Parameters without weight decay.
     pub no_decay: Vec<NamePattern>,
@@ -284,7 +276,6 @@ pub struct TrainConfig {
 
 /// What is shown while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
 pub struct ReportConfig {
     /// Steps between two printed lines; `None` leaves it to the terminal at hand.
     pub steps_per_print: Option<u64>,

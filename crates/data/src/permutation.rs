@@ -114,8 +114,8 @@ mod tests {
         let permutation = Permutation::new(1_000_003, 1234, 5);
         assert_eq!([permutation.at(0), permutation.at(1), permutation.at(1_000_002)], GOLDEN_1000003);
     }
-    const GOLDEN_10: [u64; 10] = [0; 10];
-    const GOLDEN_1000003: [u64; 3] = [0; 3];
+    const GOLDEN_10: [u64; 10] = [9, 4, 5, 3, 0, 8, 2, 6, 1, 7];
+    const GOLDEN_1000003: [u64; 3] = [245033, 494039, 664186];
 
     /// All 24 shuffles of four numbers appear, about equally often.
     #[test]

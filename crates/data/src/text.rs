@@ -400,13 +400,14 @@ mod tests {
         let scratch = Scratch::new();
         let (one, two) = (scratch.file("one.txt", ONE), scratch.file("two.txt", TWO));
         let joined = scratch.file("joined.txt", format!("{ONE}{TWO}"));
-        let json = fs::read(scratch.prepare(&[one.clone()], &TRAIN).unwrap().tokenizer_json).unwrap();
+        let json =
+            fs::read(scratch.prepare(std::slice::from_ref(&one), &TRAIN).unwrap().tokenizer_json).unwrap();
         let given = TokenizerSource::File(scratch.file("tokenizer.json", json));
         scratch.prepare(&[one.clone(), two.clone()], &TRAIN).unwrap();
         scratch.prepare(&[two, one.clone()], &TRAIN).unwrap();
         scratch.prepare(&[joined], &TRAIN).unwrap();
-        scratch.prepare(&[one.clone()], &TokenizerSource::TrainBpe { vocab_size: 301 }).unwrap();
-        scratch.prepare(&[one.clone()], &given).unwrap();
+        scratch.prepare(std::slice::from_ref(&one), &TokenizerSource::TrainBpe { vocab_size: 301 }).unwrap();
+        scratch.prepare(std::slice::from_ref(&one), &given).unwrap();
         assert_eq!(scratch.num_entries(), 6);
         // A name does not matter.
         scratch.prepare(&[scratch.file("renamed.txt", ONE)], &TRAIN).unwrap();

@@ -170,7 +170,7 @@ impl Assembler<'_> {
     }
 
     /// `key` has to be set here, though not everywhere.
-    pub fn expect(&mut self, group: &str, key: &str, hint: &str) {
+    pub fn needs(&mut self, group: &str, key: &str, hint: &str) {
         if self.setting(key).is_none()
             && !self.is_bad(key)
             && let Some(setting) = self.setting(group)

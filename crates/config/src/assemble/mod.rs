@@ -125,7 +125,7 @@ impl Assembler<'_> {
             }
             (Some(tokens), None) => {
                 self.only_with("data.tokenizer", "data.text");
-                self.expect("data", "data.dtype", "`\"u16\"` or `\"u32\"`, as the file was written");
+                self.needs("data", "data.dtype", "`\"u16\"` or `\"u32\"`, as the file was written");
                 let dtype = self.get("data.dtype", |value| match word(value)?.as_str() {
                     "u16" => Some(TokenDType::U16),
                     "u32" => Some(TokenDType::U32),
@@ -139,15 +139,16 @@ impl Assembler<'_> {
                 self.only_with("data.dtype", "data.tokens");
                 let hint =
                     r#"a `tokenizer.json`, or {"train_bpe": {"vocab_size": 8192}} to train one on the text"#;
-                self.expect("data", "data.tokenizer", hint);
+                self.needs("data", "data.tokenizer", hint);
                 let items = match &text.value.data {
                     Data::List(items) => items.as_slice(),
                     _ => std::slice::from_ref(&text.value),
                 };
-                let files = items.iter().map(|item| self.input(&text, item, InputKind::Pattern)).collect();
+                let files: Option<Vec<_>> =
+                    items.iter().map(|item| self.input(&text, item, InputKind::Pattern)).collect();
                 self.keep_set("data.text", &text);
                 let tokenizer = self.tokenizer();
-                Some(DataSource::Text { text: Option::<Vec<_>>::expect(files, TEXTS), tokenizer: tokenizer? })
+                Some(DataSource::Text { text: files?, tokenizer: tokenizer? })
             }
             (None, None) => {
                 self.neither("data", "data.tokens", "or name text files as `data.text`");
@@ -204,5 +205,3 @@ impl Assembler<'_> {
         })
     }
 }
-
-const TEXTS: &str = "the check admits only text here";

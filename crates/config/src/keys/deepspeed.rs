@@ -6,6 +6,8 @@ use Unset::{Remarkable, Required};
 /// Other names that DeepSpeed accepts: alias, key.
 pub(crate) const ALIASES: &[(&str, &str)] = &[
     ("bfloat16", "bf16"),
+    ("tensor_parallel.tp", "tensor_parallel.tensor_parallel"),
+    ("tensor_parallel.kernel_inject", "tensor_parallel.replace_with_kernel_inject"),
     (
         "zero_optimization.stage3_gather_fp16_weights_on_model_save",
         "zero_optimization.stage3_gather_16bit_weights_on_model_save",

@@ -101,6 +101,59 @@ fn rows_are_well_formed() {
     }
 }
 
+/// The keys that DeepSpeed's users set most, so that no row goes missing unseen.
+const COMMON: &str = "
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print
+    wall_clock_breakdown optimizer.type optimizer.params.lr optimizer.params.betas optimizer.params.eps
+    optimizer.params.weight_decay optimizer.params.torch_adam optimizer.params.adam_w_mode optimizer.params.freeze_step
+    optimizer.params.comm_backend_name optimizer.params.cuda_aware optimizer.params.max_grad_norm
+    optimizer.legacy_fusion scheduler.type scheduler.params.warmup_min_lr scheduler.params.warmup_max_lr
+    scheduler.params.warmup_num_steps scheduler.params.total_num_steps scheduler.params.warmup_type fp16.enabled
+    fp16.loss_scale fp16.initial_scale_power fp16.loss_scale_window fp16.hysteresis fp16.min_loss_scale
+    fp16.consecutive_hysteresis fp16.auto_cast bf16.enabled bfloat16.enabled bf16.check_grad_overflow
+    data_types.grad_accum_dtype data_types.param_dtype data_types.buffer_dtype data_types.keep_in_fp32_modules
+    communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
+    zero_optimization.stage zero_optimization.allgather_partitions zero_optimization.allgather_bucket_size
+    zero_optimization.reduce_bucket_size zero_optimization.overlap_comm zero_optimization.reduce_scatter
+    zero_optimization.contiguous_gradients zero_optimization.round_robin_gradients
+    zero_optimization.ignore_unused_parameters zero_optimization.sub_group_size
+    zero_optimization.offload_optimizer.device zero_optimization.offload_optimizer.pin_memory
+    zero_optimization.offload_optimizer.nvme_path zero_optimization.offload_optimizer.ratio
+    zero_optimization.offload_param.device zero_optimization.offload_param.pin_memory
+    zero_optimization.offload_param.nvme_path zero_optimization.offload_param.buffer_count
+    zero_optimization.offload_param.buffer_size zero_optimization.offload_param.max_in_cpu
+    zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance
+    zero_optimization.stage3_prefetch_bucket_size zero_optimization.stage3_param_persistence_threshold
+    zero_optimization.stage3_gather_16bit_weights_on_model_save
+    zero_optimization.stage3_gather_fp16_weights_on_model_save zero_optimization.zero_hpz_partition_size
+    zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio.block_size aio.queue_depth
+    aio.intra_op_parallelism aio.single_submit aio.overlap_events aio.thread_count
+    activation_checkpointing.partition_activations activation_checkpointing.cpu_checkpointing
+    activation_checkpointing.contiguous_memory_optimization activation_checkpointing.number_checkpoints
+    activation_checkpointing.synchronize_checkpoint_boundary activation_checkpointing.profile
+    pipeline.activation_checkpoint_interval pipeline.seed_layers pipeline.partition tensor_parallel.autotp_size
+    checkpoint.tag_validation checkpoint.load_universal checkpoint.use_node_local_storage tensorboard.enabled
+    tensorboard.output_path tensorboard.job_name wandb.enabled csv_monitor.enabled csv_monitor.output_path
+    csv_monitor.job_name flops_profiler.enabled comms_logger.enabled sequence_parallel_size data_parallel_size
+    torch_autocast.enabled torch_autocast.dtype sparse_attention.mode sparse_attention.block amp.enabled
+    elasticity.enabled autotuning.enabled compression_training data_efficiency.enabled compile.deepcompile
+    managed_gradient_accumulation seq_parallel_communication_data_type disable_allgather dump_state memory_breakdown
+    dataloader_drop_last log_level disable_python_gc vocabulary_size use_data_before_expert_parallelism
+    weight_quantization";
+
+#[test]
+fn the_keys_that_matter_have_rows() {
+    let schema = Schema::new();
+    for key in COMMON.split_whitespace() {
+        let path = join(DEEPSPEED, key);
+        // The group may be the alias: `bfloat16.enabled`.
+        let (group, name) = path.rsplit_once('.').unwrap();
+        let path = join(schema.canonical(group), name);
+        assert!(schema.key(schema.canonical(&path)).is_some(), "{key}");
+    }
+}
+
 #[test]
 fn every_key_is_taken_noted_or_refused_by_name() {
     for (path, key) in Schema::new().iter() {
