@@ -31,6 +31,24 @@ pub struct Engine {
     pub(crate) num_users: Vec<usize>,
     pub(crate) zero: Zero,
     pub(crate) grad_accum_steps: usize,
+    pub(crate) observer: Box<dyn FnMut(Phase) + Send>,
+}
+
+/// What a training step is at, for observers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Waiting for a layer's parameters.
+    Gather,
+    /// A layer's forward.
+    Forward,
+    /// A layer's backward.
+    Backward,
+    /// Reducing the gradients of a unit.
+    Reduce,
+    /// Norm, update and what follows it.
+    Step,
+    /// Between steps.
+    Idle,
 }
 
 impl Engine {
@@ -63,7 +81,21 @@ impl Engine {
         for unit in bindings.iter().flat_map(|binding| &binding.units) {
             num_users[*unit] += 1;
         }
-        Ok(Engine { bindings, flats, layers, specs, num_users, zero, grad_accum_steps })
+        Ok(Engine {
+            bindings,
+            flats,
+            layers,
+            specs,
+            num_users,
+            zero,
+            grad_accum_steps,
+            observer: Box::new(|_| {}),
+        })
+    }
+
+    /// Has `observer` called whenever a training step enters another phase: to measure, or to fail on purpose.
+    pub fn observe(&mut self, observer: impl FnMut(Phase) + Send + 'static) {
+        self.observer = Box::new(observer);
     }
 
     /// Runs the model without a target: what the last layer predicts.
@@ -100,6 +132,7 @@ impl Engine {
 
     /// Makes a layer's parameters whole and points its tensors at them.
     pub(crate) fn gather(&mut self, layer: usize) -> Result<(), EngineError> {
+        (self.observer)(Phase::Gather);
         for &unit in &self.bindings[layer].units {
             let ptr = self.zero.gather(unit)?;
             if self.zero.stage().shards_parameters() {

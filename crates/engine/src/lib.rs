@@ -21,7 +21,7 @@ mod source;
 mod step;
 
 pub use binding::Params;
-pub use engine::{Engine, EngineOptions};
+pub use engine::{Engine, EngineOptions, Phase};
 pub use error::EngineError;
 pub use layer::{Batch, Context, Layer};
 pub use source::{BoxError, ParamSource, RandomInit};

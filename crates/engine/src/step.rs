@@ -6,7 +6,7 @@ use shardwise_torch::{Kind, Tensor, autograd, kind_of};
 use shardwise_zero::StepReport;
 
 use crate::source::BoxError;
-use crate::{Batch, Context, Engine, EngineError};
+use crate::{Batch, Context, Engine, EngineError, Phase};
 
 /// What a step did.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +57,9 @@ impl Engine {
                 Action::Step => {}
             }
         }
+        (self.observer)(Phase::Step);
         let step = self.zero.step(lr, &[loss_sum])?;
+        (self.observer)(Phase::Idle);
         let num_ranks = self.zero.group().group_size();
         let loss = step.sums[0] / (num_microbatches * num_ranks) as f64;
         Ok(TrainReport { loss, step })
@@ -72,6 +74,7 @@ impl Engine {
             let previous = kept.last().map_or(&batch.input, |kept| &kept.output);
             // A leaf of its own: this layer's graph ends here. It needs a gradient if a layer before it does.
             let input = previous.f_detach()?.f_set_requires_grad(previous.requires_grad())?;
+            (self.observer)(Phase::Forward);
             let output = self.layers[index]
                 .forward(&context, &self.bindings[index].params(), &input)
                 .map_err(|e| self.at(index, "forward", e))?;
@@ -96,6 +99,7 @@ impl Engine {
             if let Some(dy) = grad.take().filter(|_| output.requires_grad()) {
                 self.gather(index)?;
                 self.prefetch(index.checked_sub(1))?;
+                (self.observer)(Phase::Backward);
                 let binding = &self.bindings[index];
                 let mut inputs: Vec<&Tensor> = binding.trainable().map(|(_, tensor)| tensor).collect();
                 let num_params = inputs.len();
@@ -156,6 +160,7 @@ impl Engine {
         microbatch: usize,
         grads: &[Option<Tensor>],
     ) -> Result<(), EngineError> {
+        (self.observer)(Phase::Reduce);
         let dtype = self.zero.compute_dtype();
         let slices: Vec<_> =
             grads.iter().map(|grad| grad.as_ref().map(|grad| slice_of(grad, dtype))).collect();
