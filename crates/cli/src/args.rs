@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 const EXAMPLES: &str = "\
 Examples:
   shardwise check run.toml -n 4                   what this run file means, value by value
+  shardwise plan run.toml -n 4                    what it will need, before anything is allocated
   shardwise train run.toml -n 2                   train on two ranks, output in out/run
   shardwise train run.toml -n 4 --set steps=100   the same file, one value changed
   shardwise generate out/run/model --prompt 'Once upon'
@@ -29,6 +30,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Check a run file and print every value with its source
     Check(RunArgs),
+    /// Show what a run needs: units, memory and traffic of each rank
+    Plan(PlanArgs),
     /// Let a trained model continue a text
     Generate(GenerateArgs),
 }
@@ -65,6 +68,21 @@ pub struct TrainArgs {
     /// Replace the earlier run that DIR holds
     #[arg(long)]
     pub overwrite: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  shardwise plan run.toml -n 4
+  shardwise plan run.toml -n 64 --set deepspeed.zero_optimization.stage=3
+
+Reads the run file and the model's config.json; data and weights need not be at hand.")]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Print JSON, with every parameter of every unit
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +142,7 @@ mod tests {
             "shardwise train r.json",
             "shardwise train r.json -n 4 --set a.b=c --set d= --out x --overwrite",
             "shardwise check r.toml -n 4096",
+            "shardwise plan r.toml -n 64 --set a.b=c --json",
             "shardwise generate d --prompt x --temperature 0 --top-k 5 --seed 7 --max-tokens 1",
         ] {
             assert!(parse(good).is_ok(), "{good}");

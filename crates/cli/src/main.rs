@@ -9,6 +9,7 @@ mod check;
 mod console;
 mod generate;
 mod out_dir;
+mod plan;
 mod report;
 mod run_file;
 mod summary;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
     };
     result.unwrap_or_else(|error| tell(&error)).into()

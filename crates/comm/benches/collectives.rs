@@ -1,7 +1,7 @@
 //! Milliseconds a call between two processes of this host, one thread each.
 //!
-//! `cargo bench -p shardwise-comm` runs every row; words after `--` choose rows that contain one of them, and `repeat=N` changes
-//! how often each size is measured. The first rows have the sizes and shapes of the usual gloo benchmark (a full buffer of so
+//! `cargo bench -p shardwise-comm` runs every row; words after `--` choose the rows whose operation contains one of them, `repeat=N` changes
+//! how often each size is measured, `numel=N` leaves out smaller buffers, and `slot_kib=N` changes the pieces that calls go in. The first rows have the sizes and shapes of the usual gloo benchmark (a full buffer of so
 //! many elements, a shard of half), the others those of a training step: 16-bit gradients reduced into 32-bit shards, 16-bit parameters
 //! gathered in place. Shown is the median over rounds, the best round, and the full buffer's bytes by the median time.
 
@@ -87,13 +87,14 @@ impl Bench {
     }
 }
 
-fn run(group: &Group, chosen: &[String], num_rounds: usize) {
+fn run(group: &Group, chosen: &[String], min_numel: usize, num_rounds: usize) {
     let is_first = group.group_rank() == 0;
     if is_first {
         println!("{:24}{:>6}{:>12}{:>12}{:>12}{:>9}", "operation", "type", "numel", "median ms", "best ms", "GB/s");
     }
     for row in rows() {
-        if !chosen.is_empty() && !chosen.iter().any(|word| row.name.contains(word.as_str())) {
+        let is_chosen = chosen.is_empty() || chosen.iter().any(|word| row.name.contains(word.as_str()));
+        if !is_chosen || row.numel < min_numel {
             continue;
         }
         let mut bench = Bench::new(group, &row);
@@ -139,12 +140,17 @@ fn main() {
         command.args(&words).args(["rank=1".to_owned(), format!("meet={meeting}")]);
         child = Some(command.spawn().expect("the second rank starts"));
     }
+    if std::env::var("PIN").is_ok() {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(rank);
+        rustix::thread::sched_setaffinity(None, &set).expect("pin");
+    }
     let mut options = ShmOptions::new(rank, RANKS, format!("bench-{meeting}"));
     if let Some(kib) = value("slot_kib=") {
         options.slot_bytes = kib << 10;
     }
     let group = shm::join(options).expect("both ranks join");
-    run(&group, &chosen, num_rounds);
+    run(&group, &chosen, value("numel=").unwrap_or(0), num_rounds);
     drop(group);
     if let Some(mut child) = child {
         assert!(child.wait().expect("the second rank ends").success());

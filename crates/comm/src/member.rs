@@ -117,10 +117,11 @@ impl Member {
         target: u32,
         peer: usize,
         call: &Call,
+        is_open: bool,
         stuck: impl Fn() -> Option<CommError>,
     ) -> Result<(), CommError> {
         // The first sleep is short, so that what `stuck` finds is found soon.
-        let mut seen = word.wait(target, self.universe.num_spins(), Duration::from_millis(2));
+        let mut seen = word.wait(target, self.universe.spin(is_open), Duration::from_millis(2));
         if seen == Seen::Reached {
             return Ok(());
         }
@@ -149,7 +150,7 @@ impl Member {
                 break Err(self.fail(CommError::Stalled { rank, waiting_rank, group, call: *call, waited: deadline }));
             }
             self.universe.note_waiting(rank);
-            seen = word.wait(target, 0, left.min(SLICE));
+            seen = word.wait(target, Duration::ZERO, left.min(SLICE));
         };
         self.universe.note_going();
         result
@@ -422,7 +423,7 @@ impl Exchange<'_> {
     pub(crate) fn wait(&mut self) -> Result<(), CommError> {
         let Member { segment, .. } = self.member;
         for peer in self.peers() {
-            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, || None)?;
+            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, self.is_open, || None)?;
         }
         if !self.is_open {
             self.is_open = true;

@@ -37,7 +37,7 @@ impl Member {
             for range in chunks(buffer.num_bytes()) {
                 // Chunk `k` needs its slot back: `k - 2` taken, that is `k - 1` chunks.
                 let target = word::previous(*chunk);
-                self.wait_on(&channel.taken, target, to, &call, || {
+                self.wait_on(&channel.taken, target, to, &call, range.start > 0, || {
                     let blocked = || channel.taken.look(target) == Seen::Nothing;
                     self.waits_in_collective(to, phase, &call, blocked)
                 })?;
@@ -74,14 +74,14 @@ impl Member {
                     // SAFETY: the sender reads the post only while `awaited` is set.
                     unsafe { channel.wanted.write(&call) };
                     channel.awaited.store(*chunk + 1, Ordering::Release);
-                    self.wait_on(&channel.sent, target, from, &call, || {
+                    self.wait_on(&channel.sent, target, from, &call, range.start > 0, || {
                         let blocked = || channel.sent.look(target) == Seen::Nothing;
                         self.waits_in_collective(from, phase, &call, blocked)
                             .or_else(|| self.waits_for_message(from, sent_back, &call, blocked))
                     })?;
                     channel.awaited.store(0, Ordering::Release);
                 } else {
-                    self.wait_on(&channel.sent, target, from, &call, || None)?;
+                    self.wait_on(&channel.sent, target, from, &call, range.start > 0, || None)?;
                 }
                 if range.start == 0 {
                     // SAFETY: the chunk is published, and its post stays until it is taken.

@@ -4,7 +4,7 @@
 #[cfg(not(loom))]
 mod real {
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use rustix::thread::futex;
 
@@ -42,7 +42,27 @@ mod real {
         }
     }
 
-    pub(crate) use std::hint::spin_loop;
+    /// Calls `look` until it is true or `limit` has passed; whether it was true.
+    pub(crate) fn spin_until(limit: Duration, look: impl Fn() -> bool) -> bool {
+        if look() {
+            return true;
+        }
+        if limit.is_zero() {
+            return false;
+        }
+        let started = Instant::now();
+        loop {
+            for _ in 0..16 {
+                std::hint::spin_loop();
+                if look() {
+                    return true;
+                }
+            }
+            if started.elapsed() >= limit {
+                return false;
+            }
+        }
+    }
 }
 
 #[cfg(loom)]
@@ -88,7 +108,10 @@ mod model {
         }
     }
 
-    pub(crate) use loom::hint::spin_loop;
+    /// One look stands for any number of them.
+    pub(crate) fn spin_until(limit: Duration, look: impl Fn() -> bool) -> bool {
+        !limit.is_zero() && look()
+    }
 }
 
 #[cfg(loom)]

@@ -71,7 +71,7 @@ pub(crate) struct Universe {
     rank: usize,
     world_size: usize,
     options: Options,
-    num_spins: u32,
+    spin: (Duration, Duration),
     /// The groups this rank is in, to wake whoever waits there.
     segments: Mutex<Vec<Weak<Segment>>>,
     /// Held while this rank's record is written.
@@ -105,7 +105,8 @@ impl Universe {
         let head = arena.open(0, head_bytes(world_size))?;
         // Spinning pays only while every rank can be on a core of its own.
         let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let num_spins = if world_size <= num_cores { options_spins() } else { 0 };
+        let us = |k: &str, d: u64| Duration::from_micros(std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d));
+        let spin = if world_size <= num_cores { (us("SPIN1", 20), us("SPIN2", 50)) } else { (Duration::ZERO, Duration::ZERO) };
         let slot_bytes = options.slot_bytes;
         let universe = Arc::new(Universe {
             arena,
@@ -113,7 +114,7 @@ impl Universe {
             rank,
             world_size,
             options,
-            num_spins,
+            spin,
             segments: Mutex::default(),
             recording: Mutex::default(),
         });
@@ -130,9 +131,9 @@ impl Universe {
         &self.options
     }
 
-    /// How often to look before going to sleep.
-    pub(crate) fn num_spins(&self) -> u32 {
-        self.num_spins
+    /// How long to look before going to sleep.
+    pub(crate) fn spin(&self, is_open: bool) -> Duration {
+        if is_open { self.spin.1 } else { self.spin.0 }
     }
 
     /// Makes the memory of a new group and says where it is.
@@ -231,11 +232,6 @@ impl Universe {
         // SAFETY: the author wrote its record before it became the verdict, and nobody writes it again.
         decode(&unsafe { *self.seat(author).record.get() })
     }
-}
-
-/// About 5 µs of looking before sleep.
-fn options_spins() -> u32 {
-    200
 }
 
 /// The monotonic clock, which all processes of a host share.

@@ -20,7 +20,7 @@ use loom::sync::atomic::Ordering;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::sync::{Futex, spin_loop};
+use crate::sync::{Futex, spin_until};
 
 const POISONED: u32 = 1;
 const LEFT: u32 = 2;
@@ -90,13 +90,10 @@ impl Word {
         Self::judge(self.futex.load(Ordering::Acquire), target)
     }
 
-    /// Waits until the count reaches `target`, for `num_spins` looks and then asleep for at most `timeout`.
-    pub fn wait(&self, target: u32, num_spins: u32, timeout: Duration) -> Seen {
-        for _ in 0..num_spins {
-            match self.look(target) {
-                Seen::Nothing => spin_loop(),
-                seen => return seen,
-            }
+    /// Waits until the count reaches `target`: looks for about `spin`, then sleeps for at most `timeout`.
+    pub fn wait(&self, target: u32, spin: Duration, timeout: Duration) -> Seen {
+        if spin_until(spin, || self.look(target) != Seen::Nothing) {
+            return self.look(target);
         }
         let before = self.futex.fetch_or(SLEEPERS, Ordering::AcqRel);
         match Self::judge(before, target) {
@@ -153,13 +150,13 @@ mod tests {
     #[test]
     fn poison_comes_before_everything() {
         let word = word_at(5);
-        assert_eq!(word.wait(5, 0, Duration::ZERO), Seen::Reached);
+        assert_eq!(word.wait(5, Duration::ZERO, Duration::ZERO), Seen::Reached);
         word.poison();
-        assert_eq!(word.wait(5, 0, Duration::ZERO), Seen::Poisoned);
+        assert_eq!(word.wait(5, Duration::ZERO, Duration::ZERO), Seen::Poisoned);
     }
 
     #[test]
     fn waiting_ends_with_the_timeout() {
-        assert_eq!(word_at(0).wait(1, 10, Duration::from_millis(5)), Seen::Nothing);
+        assert_eq!(word_at(0).wait(1, Duration::from_micros(10), Duration::from_millis(5)), Seen::Nothing);
     }
 }

@@ -108,6 +108,11 @@ fn meeting(name: &str) -> String {
 #[ignore = "what the ranks of the other tests run"]
 fn rank_process() {
     let Ok(text) = std::env::var("COMM_TEST_RANK") else { return };
+    // A rank that hangs fails its test instead of blocking it.
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_secs(60));
+        std::process::exit(3);
+    });
     let words: Vec<&str> = text.split(' ').collect();
     let (rank, world_size): (usize, usize) = (words[0].parse().unwrap(), words[1].parse().unwrap());
     let options = ShmOptions {
@@ -135,10 +140,11 @@ fn play(group: &Group, role: &str) -> Result<(), CommError> {
         "busy" => loop {
             group.all_reduce(SliceMut::of(&mut buffer))?;
         },
-        // Rank 1 computes for ever, the others wait for it.
-        "waiting" if group.group_rank() == 1 => loop {
-            std::thread::sleep(Duration::from_millis(10));
-        },
+        // Rank 1 computes for long, the others wait for it.
+        "waiting" if group.group_rank() == 1 => {
+            std::thread::sleep(Duration::from_secs(5));
+            group.barrier()
+        }
         "waiting" => group.barrier(),
         // All compute, and look at the group now and then, in order.
         "computing" => loop {

@@ -13,6 +13,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use shardwise_plan::run::RunShapeError;
+use shardwise_plan::zoo::ModelConfigError;
+
 use crate::value::Origin;
 
 /// One problem of a configuration.
@@ -155,6 +158,25 @@ pub enum ConfigError {
         /// The run file.
         path: PathBuf,
     },
+    /// The description of a model is none of ours.
+    #[error("`{place}`: {source}")]
+    Model {
+        /// The `config.json`, or the key that stands for it.
+        place: String,
+        /// Which of its keys, and what is wrong with it.
+        source: ModelConfigError,
+    },
+    /// The tokenizer has tokens that the model has no place for.
+    #[error("the tokenizer has `{tokens}` tokens, the model's `vocab_size` is `{vocab_size}`")]
+    TokenizerTooLarge {
+        /// Tokens of the tokenizer.
+        tokens: usize,
+        /// Tokens of the model.
+        vocab_size: usize,
+    },
+    /// The model cannot be trained as asked.
+    #[error(transparent)]
+    Shape(#[from] RunShapeError),
     /// A run of no ranks.
     #[error("a run needs at least one rank, got `-n 0`")]
     NoRanks,
@@ -187,6 +209,11 @@ impl ConfigError {
             | ConfigError::Missing { hint, .. }
             | ConfigError::Conflict { hint, .. }
             | ConfigError::Override { hint, .. } => Some(hint.clone()),
+            ConfigError::Model { source, .. } => ConfigError::model_hint(source),
+            ConfigError::TokenizerTooLarge { .. } => {
+                Some("use the model's own tokenizer, or a smaller vocabulary".to_string())
+            }
+            ConfigError::Shape(error) => ConfigError::shape_hint(error),
             ConfigError::NotUtf8 { .. } => {
                 Some("rename the folder, or copy the run file elsewhere".to_string())
             }

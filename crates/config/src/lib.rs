@@ -20,7 +20,7 @@ mod json;
 mod keys;
 mod load;
 mod overrides;
-mod pattern;
+mod planning;
 mod run_config;
 mod schedule;
 mod schema;
@@ -32,11 +32,12 @@ mod value;
 pub use effective::{Effective, EffectiveValue, Note, NoteKind};
 pub use error::{ConfigError, ConfigErrors};
 pub use load::Loaded;
-pub use pattern::NamePattern;
+pub use planning::ModelDescription;
 pub use run_config::{
     AdamWConfig, BatchConfig, CommOverlap, DataConfig, DataSource, Device, ModelConfig, ModelSource,
     Optimizer, ParallelConfig, Precision, ReportConfig, RunConfig, SampleOrder, TokenDType, TokenizerSource,
-    TrainConfig, ZeroConfig, ZeroStage,
+    TrainConfig, ZeroConfig,
 };
 pub use schedule::{LrSchedule, WarmupCurve};
+pub use shardwise_plan::{NamePattern, Overlap, ZeroStage};
 pub use value::{Origin, SourceFile};

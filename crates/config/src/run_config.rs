@@ -6,8 +6,8 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use shardwise_plan::{NamePattern, ZeroStage};
 
-use crate::pattern::NamePattern;
 use crate::schedule::LrSchedule;
 
 /// Everything a run needs to know.
@@ -213,44 +213,6 @@ pub struct ZeroConfig {
     pub stage: ZeroStage,
     /// Whether communication runs beside computation.
     pub overlap_comm: CommOverlap,
-}
-
-/// Which model state is sharded rather than replicated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(into = "u8")]
-pub enum ZeroStage {
-    /// Nothing: plain data parallelism.
-    Replicated,
-    /// Optimizer state.
-    OptimizerState,
-    /// Optimizer state and gradients.
-    Gradients,
-    /// Optimizer state, gradients and parameters.
-    Parameters,
-}
-
-impl ZeroStage {
-    /// The stage's number, 0 to 3.
-    pub const fn number(self) -> u8 {
-        self as u8
-    }
-
-    /// The stage with this number.
-    pub const fn from_number(number: u8) -> Option<ZeroStage> {
-        match number {
-            0 => Some(ZeroStage::Replicated),
-            1 => Some(ZeroStage::OptimizerState),
-            2 => Some(ZeroStage::Gradients),
-            3 => Some(ZeroStage::Parameters),
-            _ => None,
-        }
-    }
-}
-
-impl From<ZeroStage> for u8 {
-    fn from(stage: ZeroStage) -> u8 {
-        stage.number()
-    }
 }
 
 /// Whether communication runs beside computation.

@@ -1,8 +1,11 @@
 //! [`Engine`]: a model, its state, and inference.
 
-use shardwise_comm::Group;
+use std::error::Error;
+use std::iter::successors;
+
+use shardwise_comm::{Group, ProcessGroup};
 use shardwise_plan::layout::units_of;
-use shardwise_plan::param::matches_pattern;
+use shardwise_plan::pattern::matches_pattern;
 use shardwise_plan::{LayerSpec, ParamSpec};
 use shardwise_torch::{FlatTensor, Tensor, memory, no_grad};
 use shardwise_zero::{Zero, ZeroError, ZeroOptions};
@@ -57,7 +60,8 @@ impl Engine {
     /// # Collective
     /// `group`. Every rank calls with the same layers and options.
     /// # Errors
-    /// A model that is no model, patterns that match nothing, a source that fails, memory that is not there.
+    /// A model that is no model, patterns that match nothing, a source that fails, memory that is not there. If only this
+    /// rank fails, the others get an error that says so.
     pub fn new(
         layers: Vec<Box<dyn Layer>>,
         options: EngineOptions,
@@ -75,8 +79,13 @@ impl Engine {
         let units = units_of(&specs, group.group_size(), is_frozen);
         let grad_accum_steps = options.zero.grad_accum_steps;
         let mut fill = |param: &ParamSpec, range, out: &mut [f32]| source.fill(param, range, out);
-        let mut zero = Zero::new(units, options.zero, group, &mut fill)?;
-        let (flats, bindings) = bind(&mut zero, &specs)?;
+        let others = group.clone();
+        let build = || -> Result<_, EngineError> {
+            let mut zero = Zero::new(units, options.zero, group, &mut fill)?;
+            let (flats, bindings) = bind(&mut zero, &specs)?;
+            Ok((zero, flats, bindings))
+        };
+        let (zero, flats, bindings) = build().inspect_err(|error| give_up(&*others, error))?;
         let mut num_users = vec![0; flats.len()];
         for unit in bindings.iter().flat_map(|binding| &binding.units) {
             num_users[*unit] += 1;
@@ -119,12 +128,23 @@ impl Engine {
     }
 
     fn run(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
+        let outcome = self.run_layers(input, target);
+        match &outcome {
+            // Below stage 3 the others need not even have called.
+            Err(error) if self.zero.stage().shards_parameters() => give_up(&**self.zero.group(), error),
+            _ => {}
+        }
+        outcome
+    }
+
+    fn run_layers(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
         let mut x = input.shallow_clone();
         for index in 0..self.layers.len() {
             self.gather(index)?;
             let context = Context { target };
             let (layer, params) = (&self.layers[index], self.bindings[index].params());
             x = no_grad(|| layer.forward(&context, &params, &x)).map_err(|e| self.at(index, "forward", e))?;
+            x = self.own_output(index, x)?;
             self.release(index)?;
         }
         Ok(x)
@@ -152,6 +172,18 @@ impl Engine {
             self.zero.prefetch(unit)?;
         }
         Ok(())
+    }
+
+    /// Copies a layer's output if it is a view of the layer's parameters, whose memory moves and goes.
+    pub(crate) fn own_output(&self, layer: usize, output: Tensor) -> Result<Tensor, EngineError> {
+        let at = output.data_ptr().addr();
+        let is_view = |&unit: &usize| {
+            let flat = self.flats[unit].tensor();
+            let start = flat.data_ptr().addr();
+            (start..start + flat.numel() * flat.kind().elt_size_in_bytes()).contains(&at)
+        };
+        let is_view = self.bindings[layer].units.iter().any(is_view);
+        Ok(if is_view { output.f_alias_copy()? } else { output })
     }
 
     /// Lets a layer's parameters go, where they are sharded.
@@ -210,6 +242,13 @@ impl Engine {
     pub fn zero_mut(&mut self) -> &mut Zero {
         &mut self.zero
     }
+}
+
+/// Tells the other ranks that this one does not go on, and why: they would wait for it.
+pub(crate) fn give_up(group: &dyn ProcessGroup, error: &EngineError) {
+    let causes = successors(Some(error as &dyn Error), |&error| error.source());
+    let reason: Vec<_> = causes.map(ToString::to_string).collect();
+    group.poison(&reason.join(": "));
 }
 
 fn check_patterns(specs: &[LayerSpec], list: &'static str, patterns: &[String]) -> Result<(), EngineError> {

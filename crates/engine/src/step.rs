@@ -5,6 +5,7 @@ use shardwise_plan::schedule::{self, Action};
 use shardwise_torch::{Kind, Tensor, autograd, kind_of};
 use shardwise_zero::StepReport;
 
+use crate::engine::give_up;
 use crate::source::BoxError;
 use crate::{Batch, Context, Engine, EngineError, Phase};
 
@@ -35,8 +36,17 @@ impl Engine {
     /// # Collective
     /// Every rank calls with the same rate.
     /// # Errors
-    /// A layer, a collective or `batch` that fails. The engine is of no use afterwards.
+    /// A layer, a collective or `batch` that fails. The engine is of no use afterwards, on any rank: the others get an
+    /// error that names this rank and says why it gave up.
     pub fn train_step(
+        &mut self,
+        lr: f64,
+        batch: impl FnMut(usize) -> Result<Batch, BoxError>,
+    ) -> Result<TrainReport, EngineError> {
+        self.run_schedule(lr, batch).inspect_err(|error| give_up(&**self.zero.group(), error))
+    }
+
+    fn run_schedule(
         &mut self,
         lr: f64,
         mut batch: impl FnMut(usize) -> Result<Batch, BoxError>,
@@ -78,6 +88,7 @@ impl Engine {
             let output = self.layers[index]
                 .forward(&context, &self.bindings[index].params(), &input)
                 .map_err(|e| self.at(index, "forward", e))?;
+            let output = self.own_output(index, output)?;
             self.release(index)?;
             kept.push(Kept { input, output });
         }
@@ -135,19 +146,26 @@ impl Engine {
             });
         }
         for (place, grad) in places.iter().zip(grads) {
-            let Some(grad) = grad else { continue };
+            let Some(mut grad) = grad else { continue };
+            if grad.is_sparse() {
+                grad = grad.f_to_dense(None::<Kind>, false)?;
+            }
             let slot = &mut pending[place.unit].as_mut().expect("made above").grads[place.slot];
             // A tied parameter: the other layer's gradient came first.
             *slot = Some(match slot.take() {
                 Some(other) => other.f_add(&grad)?,
-                None => grad.f_contiguous()?,
+                None => grad,
             });
         }
         for unit in units {
             let state = pending[unit].as_mut().expect("made above");
             state.num_left -= 1;
             if state.num_left == 0 {
-                let grads = pending[unit].take().expect("made above").grads;
+                let mut grads = pending[unit].take().expect("made above").grads;
+                for grad in grads.iter_mut().flatten() {
+                    // Libtorch lays out a gradient as it likes.
+                    *grad = grad.f_contiguous()?;
+                }
                 self.reduce(unit, microbatch, &grads)?;
             }
         }
@@ -170,8 +188,8 @@ impl Engine {
 
 /// A contiguous tensor's memory.
 fn slice_of(tensor: &Tensor, dtype: DType) -> Slice<'_> {
-    debug_assert!(tensor.is_contiguous() && tensor.kind() == kind_of(dtype), "{:?}", tensor.kind());
-    debug_assert!(matches!(tensor.kind(), Kind::Float | Kind::BFloat16));
+    // Autograd gives a gradient its parameter's type. Were it another, we would read other numbers in silence.
+    assert!(tensor.is_contiguous() && tensor.kind() == kind_of(dtype), "a gradient is {:?}", tensor.kind());
     let ptr = std::ptr::NonNull::new(tensor.data_ptr().cast())
         .unwrap_or(std::ptr::NonNull::<u64>::dangling().cast());
     // SAFETY: a contiguous host tensor of this type holds its elements from `data_ptr` on, for as long as it lives;

@@ -105,6 +105,11 @@ pub unsafe fn copy_bytes(from: *const u8, out: *mut u8, num_bytes: usize, store:
         // SAFETY: the caller's contract, and the feature is there.
         return unsafe { x86::stream_256(from, out, num_bytes) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if num_bytes >= 4096 && is_x86_feature_detected!("avx512f") {
+        // SAFETY: the caller's contract, and the feature is there.
+        return unsafe { x86::copy_512(from, out, num_bytes) };
+    }
     let _ = store;
     // SAFETY: the caller's contract.
     unsafe { std::ptr::copy_nonoverlapping(from, out, num_bytes) }

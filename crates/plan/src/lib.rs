@@ -7,24 +7,32 @@
 //! |---|---|
 //! | [`mesh`] | which rank is where on the pipeline, data and tensor axes? |
 //! | [`param`] | what parameters does a layer have, and how are they born? |
+//! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
 //! | [`schedule`] | in what order does a rank run forward, backward and step? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
+//! | [`run`] | all of that for one run |
 //! | [`zoo`] | what layers does a Hugging Face `config.json` describe? |
 
 #![forbid(unsafe_code)]
 
+mod bytes;
 pub mod layout;
 pub mod memory;
 pub mod mesh;
 pub mod param;
+pub mod pattern;
+pub mod run;
 pub mod schedule;
 mod stage;
 pub mod traffic;
 pub mod zoo;
 
+pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use mesh::{Axis, Coordinates, Mesh};
 pub use param::{Init, LayerSpec, ParamSpec};
+pub use pattern::NamePattern;
+pub use schedule::Overlap;
 pub use stage::ZeroStage;

@@ -55,32 +55,3 @@ pub struct LayerSpec {
     /// Parameters, in the order they lie in the unit's flat buffer.
     pub params: Vec<ParamSpec>,
 }
-
-/// Matches a parameter name against a pattern in which `*` stands for any run of characters.
-pub fn matches_pattern(pattern: &str, name: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == name,
-        Some((head, rest)) => name.strip_prefix(head).is_some_and(|tail| {
-            (0..=tail.len()).filter(|&i| tail.is_char_boundary(i)).any(|i| matches_pattern(rest, &tail[i..]))
-        }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patterns_match_whole_names() {
-        for (pattern, name, expected) in [
-            ("*norm*", "model.norm.weight", true),
-            ("*.bias", "a.b.bias", true),
-            ("*.bias", "a.bias.x", false),
-            ("model.layers.*.mlp.*", "model.layers.11.mlp.up_proj.weight", true),
-            ("weight", "model.weight", false),
-            ("*", "", true),
-        ] {
-            assert_eq!(matches_pattern(pattern, name), expected, "{pattern} {name}");
-        }
-    }
-}

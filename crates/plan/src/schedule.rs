@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 /// One thing a rank does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -38,6 +40,18 @@ pub fn without_pipeline(num_microbatches: usize) -> Vec<Action> {
         .flat_map(|microbatch| [Action::Forward { microbatch }, Action::Backward { microbatch }])
         .chain([Action::Step])
         .collect()
+}
+
+/// Where collectives of units run. The numbers are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// In the caller's thread, when they are needed. Best where ranks have no core to spare: on CPU a collective is
+    /// copying, and a second thread would only take the first one's time.
+    Inline,
+    /// On a side thread, started early: gathers of the next unit during this one's computation, reductions during the
+    /// rest of the backward pass.
+    SideThread,
 }
 
 #[cfg(test)]

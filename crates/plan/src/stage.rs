@@ -33,6 +33,16 @@ impl ZeroStage {
         self >= ZeroStage::Two
     }
 
+    /// Whether a rank keeps the whole fp32 gradient while a step accumulates, rather than its shard. Without accumulation stage 1
+    /// needs no more than stage 2.
+    pub fn keeps_whole_gradients(self, grad_accum_steps: usize) -> bool {
+        match self {
+            ZeroStage::Zero => true,
+            ZeroStage::One => grad_accum_steps > 1,
+            ZeroStage::Two | ZeroStage::Three => false,
+        }
+    }
+
     /// Whether parameters are split, and so gathered for each use.
     pub fn shards_parameters(self) -> bool {
         self >= ZeroStage::Three

@@ -1,9 +1,11 @@
-// A host allocator for libtorch that keeps large blocks.
+// A host allocator for libtorch that keeps its memory.
 //
 // libtorch's own goes to malloc, which maps and unmaps a large tensor each time: every gradient would be page-faulted and
-// zeroed by the kernel in every step. This one keeps freed blocks by size class (eight an octave, so at most an eighth of
-// address space is wasted and none of it touched) and hands them out again, most recently used first, while they are still
-// in cache. It never holds more than the most that was ever live, plus a little slack. Blocks use huge pages.
+// zeroed by the kernel in every step. This one carves large blocks out of segments of address space, best fit first, joins
+// neighbours when they are freed, and gives nothing back: a step in steady state maps nothing. Address space that was never
+// handed out costs no memory; pages are huge where the system allows it.
+//
+//   segment: | block, in use | block, free | block, in use | block, free: the rest, mostly never touched |
 #include "shim.h"
 
 #include <c10/core/Allocator.h>
@@ -13,32 +15,35 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <map>
+#include <iterator>
 #include <mutex>
 #include <new>
-#include <vector>
+#include <set>
 
 namespace {
 
-constexpr size_t kAlignment = 64;               // also the size of a block's header
-constexpr size_t kLargeBytes = 256 << 10;       // smaller blocks are malloc's
+constexpr size_t kAlignment = 64;          // also the size of a block's header
+constexpr size_t kLargeBytes = 256 << 10;  // smaller requests are malloc's
+constexpr size_t kPageBytes = 4 << 10;
 constexpr size_t kHugePageBytes = 2 << 20;
-constexpr size_t kSlackBytes = 32 << 20;
+constexpr size_t kSegmentBytes = size_t{1} << 30;
 
-struct alignas(kAlignment) Header {
-  size_t class_bytes;  // 0: malloc's
-  uint64_t freed_at;
+struct alignas(kAlignment) Block {
+  size_t bytes;   // with this header; 0: malloc's
+  Block* before;  // neighbours in the segment, in address order
+  Block* after;
+  bool free;
+  char* data() { return reinterpret_cast<char*>(this + 1); }
 };
-static_assert(sizeof(Header) == kAlignment);
+static_assert(sizeof(Block) == kAlignment);
 
-size_t size_class(size_t bytes) {
-  size_t octave = 1;
-  while (octave * 2 <= bytes) octave *= 2;
-  const size_t step = std::max<size_t>(octave / 8, 4096);
-  return (bytes + step - 1) / step * step;
-}
+struct BySize {
+  bool operator()(const Block* a, const Block* b) const { return a->bytes != b->bytes ? a->bytes < b->bytes : a < b; }
+};
 
-class CachingAllocator final : public c10::Allocator {
+size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+class KeepingAllocator final : public c10::Allocator {
  public:
   at::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::DeviceType::CPU)};
@@ -50,82 +55,107 @@ class CachingAllocator final : public c10::Allocator {
 
   SwMemoryStats stats() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return {live_, cached_, peak_, mappings_};
+    return {live_, touched_ - live_, peak_, segments_};
   }
   void reset_peak() {
     std::lock_guard<std::mutex> lock(mutex_);
     peak_ = live_;
   }
+  // Gives the pages of free blocks back to the system; the address space stays.
   void release_cached() {
     std::lock_guard<std::mutex> lock(mutex_);
-    evict_until(0);
+    for (Block* block : free_) {
+      const size_t begin = round_up(reinterpret_cast<size_t>(block->data()), kPageBytes);
+      const size_t end = (reinterpret_cast<size_t>(block) + block->bytes) / kPageBytes * kPageBytes;
+      if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }
+    touched_ = live_;
   }
-  static CachingAllocator& instance() {
-    static auto* allocator = new CachingAllocator();  // never destroyed: tensors may outlive main
+  static KeepingAllocator& instance() {
+    static auto* allocator = new KeepingAllocator();  // never destroyed: tensors may outlive main
     return *allocator;
   }
 
  private:
   static void* small(size_t bytes) {
     void* raw = nullptr;
-    if (posix_memalign(&raw, kAlignment, bytes + sizeof(Header)) != 0) out_of_memory(bytes);
-    new (raw) Header{0, 0};
-    return static_cast<char*>(raw) + sizeof(Header);
+    if (posix_memalign(&raw, kAlignment, bytes + sizeof(Block)) != 0) out_of_memory(bytes);
+    return (new (raw) Block{0, nullptr, nullptr, false})->data();
   }
 
   void* large(size_t bytes) {
-    const size_t class_bytes = size_class(bytes + sizeof(Header));
+    const size_t wanted = round_up(bytes + sizeof(Block), kPageBytes);
     std::lock_guard<std::mutex> lock(mutex_);
-    live_ += class_bytes;
+    Block key{wanted, nullptr, nullptr, true};
+    auto found = free_.lower_bound(&key);
+    // The key's address may be above that of a block of just the right size.
+    if (found != free_.begin() && (*std::prev(found))->bytes == wanted) --found;
+    Block* block = found != free_.end() ? *found : nullptr;
+    if (block) {
+      free_.erase(found);
+    } else {
+      block = map_segment(wanted);
+    }
+    if (block->bytes - wanted >= kLargeBytes) split(block, wanted);
+    block->free = false;
+    live_ += block->bytes;
     peak_ = std::max(peak_, live_);
-    auto& free = free_[class_bytes];
-    if (!free.empty()) {
-      Header* header = free.back();
-      free.pop_back();
-      cached_ -= class_bytes;
-      return header + 1;
-    }
-    const size_t limit = peak_ + kSlackBytes;
-    evict_until(limit > live_ ? limit - live_ : 0);
-    void* raw = mmap(nullptr, class_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (raw == MAP_FAILED) {
-      live_ -= class_bytes;
-      out_of_memory(bytes);
-    }
-    if (class_bytes >= kHugePageBytes) madvise(raw, class_bytes, MADV_HUGEPAGE);
-    ++mappings_;
-    return new (raw) Header{class_bytes, 0} + 1;
+    touched_ = std::max(touched_, live_);
+    return block->data();
+  }
+
+  // Leaves `bytes` of a block to its owner and frees the rest.
+  void split(Block* block, size_t bytes) {
+    Block* rest = new (reinterpret_cast<char*>(block) + bytes) Block{block->bytes - bytes, block, block->after, true};
+    if (rest->after) rest->after->before = rest;
+    block->after = rest;
+    block->bytes = bytes;
+    free_.insert(rest);
+  }
+
+  Block* map_segment(size_t wanted) {
+    const size_t bytes = std::max(round_up(wanted, kHugePageBytes), kSegmentBytes);
+    void* raw = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) out_of_memory(wanted);
+    madvise(raw, bytes, MADV_HUGEPAGE);
+    ++segments_;
+    return new (raw) Block{bytes, nullptr, nullptr, false};
   }
 
   static void release(void* data) {
     if (!data) return;
-    Header* header = static_cast<Header*>(data) - 1;
-    if (header->class_bytes == 0) {
-      free(header);
+    Block* block = static_cast<Block*>(data) - 1;
+    if (block->bytes == 0) {
+      free(block);
     } else {
-      instance().give_back(header);
+      instance().give_back(block);
     }
   }
 
-  void give_back(Header* header) {
+  void give_back(Block* block) {
     std::lock_guard<std::mutex> lock(mutex_);
-    live_ -= header->class_bytes;
-    cached_ += header->class_bytes;
-    header->freed_at = ++clock_;
-    free_[header->class_bytes].push_back(header);
+    live_ -= block->bytes;
+    block->free = true;
+    if (block->after && block->after->free) join(block, block->after);
+    if (block->before && block->before->free) {
+      Block* before = block->before;
+      free_.erase(before);
+      join_into(before, block);
+      block = before;
+    }
+    free_.insert(block);
   }
 
-  // Unmaps the blocks that were freed longest ago. Only a miss gets here, so a scan is cheap enough.
-  void evict_until(size_t max_cached) {
-    while (cached_ > max_cached) {
-      std::vector<Header*>* oldest = nullptr;
-      for (auto& [bytes, list] : free_)
-        if (!list.empty() && (!oldest || list.front()->freed_at < oldest->front()->freed_at)) oldest = &list;
-      Header* header = oldest->front();
-      oldest->erase(oldest->begin());
-      cached_ -= header->class_bytes;
-      munmap(header, header->class_bytes);
-    }
+  // Appends the free neighbour `after` to `block`.
+  void join(Block* block, Block* after) {
+    free_.erase(after);
+    join_into(block, after);
+  }
+
+  static void join_into(Block* block, Block* after) {
+    block->bytes += after->bytes;
+    block->after = after->after;
+    if (block->after) block->after->before = block;
   }
 
   [[noreturn]] static void out_of_memory(size_t bytes) {
@@ -134,16 +164,15 @@ class CachingAllocator final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::map<size_t, std::vector<Header*>> free_;
-  size_t live_ = 0, cached_ = 0, peak_ = 0, mappings_ = 0;
-  uint64_t clock_ = 0;
+  std::set<Block*, BySize> free_;
+  size_t live_ = 0, peak_ = 0, touched_ = 0, segments_ = 0;
 };
 
 }  // namespace
 
 extern "C" {
-void sw_install_allocator() { c10::SetCPUAllocator(&CachingAllocator::instance(), /*priority=*/1); }
-SwMemoryStats sw_memory_stats() { return CachingAllocator::instance().stats(); }
-void sw_reset_peak() { CachingAllocator::instance().reset_peak(); }
-void sw_release_cached() { CachingAllocator::instance().release_cached(); }
+void sw_install_allocator() { c10::SetCPUAllocator(&KeepingAllocator::instance(), /*priority=*/1); }
+SwMemoryStats sw_memory_stats() { return KeepingAllocator::instance().stats(); }
+void sw_reset_peak() { KeepingAllocator::instance().reset_peak(); }
+void sw_release_cached() { KeepingAllocator::instance().release_cached(); }
 }

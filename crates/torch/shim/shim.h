@@ -33,10 +33,10 @@ struct SwBackward {
 char* sw_link(SwBackward backward, at::Tensor* const* inputs, size_t num_inputs, at::Tensor* const* outputs,
               size_t num_outputs, at::Tensor* const* saved, const uint8_t* is_output, size_t num_saved);
 
-// The host allocator of libtorch that keeps large blocks for reuse.
+// The host allocator of libtorch that keeps its memory.
 void sw_install_allocator();
 struct SwMemoryStats {
-  uint64_t live_bytes, cached_bytes, peak_live_bytes, num_mappings;
+  uint64_t live_bytes, cached_bytes, peak_live_bytes, num_segments;
 };
 SwMemoryStats sw_memory_stats();
 void sw_reset_peak();

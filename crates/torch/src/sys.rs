@@ -34,7 +34,7 @@ pub(crate) struct MemoryStats {
     pub live_bytes: u64,
     pub cached_bytes: u64,
     pub peak_live_bytes: u64,
-    pub num_mappings: u64,
+    pub num_segments: u64,
 }
 
 unsafe extern "C" {

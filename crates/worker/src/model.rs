@@ -2,14 +2,13 @@
 
 use serde_json::Value;
 use shardwise_comm::Group;
-use shardwise_config::{CommOverlap, ModelSource, Optimizer, Precision, RunConfig};
+use shardwise_config::{ModelDescription, ModelSource, NamePattern, Optimizer, Precision, RunConfig};
 use shardwise_device::DType;
 use shardwise_engine::{Engine, EngineOptions, ParamSource, RandomInit};
 use shardwise_kernels::Threads;
-use shardwise_models::{HfSource, read_config};
-use shardwise_plan::ZeroStage;
+use shardwise_models::HfSource;
 use shardwise_plan::zoo::ModelConfig;
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamWOptions, ZeroOptions};
 
 use crate::failure::Failure;
 
@@ -21,42 +20,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads the model's description and checks it against the data.
+    /// Reads the model's description and checks it against the run.
     pub fn describe(run: &RunConfig, tokenizer_vocab: Option<usize>) -> Result<Self, Failure> {
-        let model = match &run.model.source {
-            ModelSource::Path(dir) => {
-                let (config, json) = read_config(dir).map_err(Failure::configuration)?;
-                Model { config, json }
-            }
-            ModelSource::Config(keys) => {
-                let mut json = Value::Object(keys.clone());
-                // A tokenizer trained by this run decides how many tokens there are, if the run file does not.
-                if let (None, Some(vocab_size)) = (keys.get("vocab_size"), tokenizer_vocab) {
-                    json["vocab_size"] = vocab_size.into();
-                }
-                let config = ModelConfig::from_json(&json).map_err(|error| {
-                    Failure::configuration(anyhow::Error::new(error).context("`model.config`"))
-                })?;
-                Model { config, json }
-            }
-        };
-        let (vocab_size, max_positions) = (model.config.vocab_size(), model.config.max_positions());
-        if let Some(tokens) = tokenizer_vocab.filter(|&tokens| tokens > vocab_size) {
-            return Err(Failure::usage(
-                format!("the tokenizer has `{tokens}` tokens, the model's `vocab_size` is `{vocab_size}`"),
-                "use the model's own tokenizer, or a smaller vocabulary",
-            ));
-        }
-        if run.data.seq_len > max_positions {
-            return Err(Failure::usage(
-                format!(
-                    "`data.seq_len` is `{}`, the model has `{max_positions}` positions",
-                    run.data.seq_len
-                ),
-                "shorten the samples, or raise the model's number of positions",
-            ));
-        }
-        Ok(model)
+        let description = run.describe_model(tokenizer_vocab).map_err(Failure::configuration)?;
+        let ModelDescription { config, json } = description;
+        run.shape(config.clone(), num_cores()).map_err(Failure::configuration)?;
+        Ok(Model { config, json })
     }
 
     /// Builds this rank's part of it.
@@ -84,12 +53,11 @@ fn has_weights(dir: &std::path::Path) -> bool {
 
 fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
     let Optimizer::AdamW(adamw) = &run.optimizer;
-    let names = |patterns: &[shardwise_config::NamePattern]| {
-        patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect()
-    };
+    let names =
+        |patterns: &[NamePattern]| patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect();
     EngineOptions {
         zero: ZeroOptions {
-            stage: ZeroStage::ALL[usize::from(run.zero.stage.number())],
+            stage: run.zero.stage,
             compute: match run.precision {
                 Precision::Fp32 => DType::F32,
                 Precision::Bf16 => DType::Bf16,
@@ -103,20 +71,13 @@ fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
                 weight_decay: adamw.weight_decay,
             },
             no_decay: names(&run.train.no_decay),
-            overlap: match run.zero.overlap_comm {
-                CommOverlap::Blocking => Overlap::Inline,
-                CommOverlap::Overlapped => Overlap::SideThread,
-                CommOverlap::Automatic if has_spare_cores(run, threads) => Overlap::SideThread,
-                CommOverlap::Automatic => Overlap::Inline,
-            },
+            overlap: run.overlap(num_cores(), threads.get()),
             threads,
         },
         frozen: names(&run.train.frozen),
     }
 }
 
-/// Whether each rank has a core for a second thread that copies while the others compute.
-fn has_spare_cores(run: &RunConfig, threads: Threads) -> bool {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    run.parallel.world_size > 1 && cores >= run.parallel.world_size * (threads.get() + 1)
+fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -45,6 +45,8 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<(), Failure> {
     let dir = RunDir::new(&args.out);
     if launch.rank == 0 {
         let every = config.report.steps_per_print.map_or(PrintEvery::Auto, PrintEvery::Steps);
+        std::fs::create_dir_all(dir.path())?;
+        std::fs::write(dir.effective_config(), format!("{:#}\n", loaded.effective().to_json()))?;
         telemetry.record_to(&dir, config.steps, every)?;
     }
     let Tokens { file, tokenizer } = data::open(&loaded, &args.out.join("cache"), &telemetry)?;

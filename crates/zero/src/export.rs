@@ -18,6 +18,8 @@ impl Zero {
     /// Calls `visit` on every rank with each parameter, whole and in fp32: master weights, or the compute copy where
     /// frozen parameters have no other. Needs memory for one unit.
     ///
+    /// After an error of `visit` this rank visits nothing more, but goes on gathering: the others need it.
+    ///
     /// # Collective
     /// Every rank calls.
     /// # Errors
@@ -26,14 +28,16 @@ impl Zero {
         &mut self,
         mut visit: impl FnMut(&ParamSpec, &[f32]) -> Result<(), E>,
     ) -> Result<(), E> {
+        let mut outcome = Ok(());
         for unit in 0..self.units.len() {
             let full = self.whole_unit(unit)?;
             let values = full.typed::<f32>().map_err(ZeroError::from)?;
-            for slot in &self.units[unit].layout.slots {
-                visit(&slot.param, &values[slot.range()])?;
+            if outcome.is_ok() {
+                let mut slots = self.units[unit].layout.slots.iter();
+                outcome = slots.try_for_each(|slot| visit(&slot.param, &values[slot.range()]));
             }
         }
-        Ok(())
+        outcome
     }
 
     fn whole_unit(&mut self, unit: usize) -> Result<Buffer, ZeroError> {

@@ -10,7 +10,8 @@
 //! finds it there, as in stage 0.
 //!
 //! Without a side thread a reduction reads the gradients where libtorch left them ([`Part`] lists); with one they
-//! are first flattened into a buffer that can be moved to it.
+//! are first flattened into a buffer that can be moved to it. At most [`MAX_REDUCING`] such buffers are under way: without a
+//! bound, a backward pass that outruns its reductions would hold the gradients of the whole model.
 
 use std::mem::replace;
 
@@ -21,8 +22,11 @@ use shardwise_kernels::{Threads, add, cast};
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
-use crate::unit::GradState;
+use crate::unit::{GradState, Unit};
 use crate::{Zero, ZeroError};
+
+/// Reductions under way on the side thread: one runs while the next is being filled.
+const MAX_REDUCING: usize = 2;
 
 impl Zero {
     /// Takes the gradients of one unit in one micro-batch: one for each of its parameters, in their order and in the
@@ -33,24 +37,47 @@ impl Zero {
     /// # Collective
     /// Every rank reduces the same units in the same order.
     /// # Errors
-    /// [`ZeroError::WrongGradient`] for a gradient of another size, or a failed collective.
+    /// [`ZeroError::WrongGradient`] and [`ZeroError::WrongGradientType`] for a gradient of another size or type,
+    /// [`ZeroError::WrongMicroBatch`] out of turn, or a failed collective.
     pub fn reduce(
         &mut self,
         unit: usize,
         microbatch: usize,
         grads: &[Option<Slice<'_>>],
     ) -> Result<(), ZeroError> {
-        let parts = parts_of(&self.units[unit].layout, grads)?;
-        if self.units[unit].trained.is_none() {
+        let accum = self.options.grad_accum_steps;
+        let Unit { layout, trained, .. } = &mut self.units[unit];
+        let parts = parts_of(layout, self.options.compute, grads)?;
+        let Some(trained) = trained else { return Ok(()) };
+        let expected = trained.num_reduced;
+        if microbatch != expected || expected == accum {
+            return Err(ZeroError::WrongMicroBatch { unit: layout.name.clone(), expected, got: microbatch });
+        }
+        trained.num_reduced += 1;
+        self.settle(unit)?; // the previous micro-batch's reduction
+        if accum == 1 || self.options.stage.shards_gradients() {
+            self.reduce_now(unit, microbatch, &parts)?;
+        } else {
+            self.accumulate(unit, microbatch, &parts)?;
+            if microbatch + 1 == accum {
+                self.reduce_accumulated(unit)?;
+            }
+        }
+        self.limit_reducing(unit)
+    }
+
+    /// Notes that a reduction of `unit` may be under way, and waits for the oldest if there are too many.
+    fn limit_reducing(&mut self, unit: usize) -> Result<(), ZeroError> {
+        if self.lane.is_inline() {
             return Ok(());
         }
-        let accum = self.options.grad_accum_steps;
-        if accum == 1 || self.options.stage.shards_gradients() {
-            self.settle(unit)?; // the previous micro-batch's reduction
-            return self.reduce_now(unit, microbatch, &parts);
+        self.reducing.retain(|&other| other != unit);
+        self.reducing.push_back(unit);
+        while self.reducing.len() > MAX_REDUCING {
+            let oldest = self.reducing.pop_front().expect("more than none");
+            self.settle(oldest)?;
         }
-        self.accumulate(unit, microbatch, &parts)?;
-        if microbatch + 1 == accum { self.reduce_accumulated(unit) } else { Ok(()) }
+        Ok(())
     }
 
     /// Adds a micro-batch to the whole unit's gradient.
@@ -167,7 +194,7 @@ impl Zero {
     /// Waits for what is under way on a unit's gradient.
     pub(crate) fn settle(&mut self, unit: usize) -> Result<(), ZeroError> {
         let range = self.units[unit].layout.shard_range(self.group_rank);
-        let keeps_full = crate::unit::keeps_full_grad(self.options.stage, self.options.grad_accum_steps);
+        let keeps_full = self.options.stage.keeps_whole_gradients(self.options.grad_accum_steps);
         let state = match replace(self.grad_mut(unit), GradState::Moving) {
             GradState::ReducingFull(pending) => GradState::Full(pending.wait()?),
             GradState::ReducingShard { work, add_to } => {
@@ -189,6 +216,7 @@ impl Zero {
                     })
                 }
             }
+            GradState::Moving => return Err(self.lost(unit)),
             settled => settled,
         };
         *self.grad_mut(unit) = state;
@@ -225,9 +253,18 @@ impl Zero {
 }
 
 /// The flat unit as a list of gradients, gaps and padding.
-fn parts_of<'a>(layout: &UnitLayout, grads: &[Option<Slice<'a>>]) -> Result<Vec<Part<'a>>, ZeroError> {
+fn parts_of<'a>(
+    layout: &UnitLayout,
+    compute: DType,
+    grads: &[Option<Slice<'a>>],
+) -> Result<Vec<Part<'a>>, ZeroError> {
     assert_eq!(grads.len(), layout.slots.len(), "one gradient for each parameter of `{}`", layout.name);
-    let mut parts = Vec::with_capacity(2 * grads.len() + 1);
+    let mut parts = Vec::with_capacity(2 * grads.len() + 2);
+    // States the type for a rank that happens to have no gradient at all where others have some.
+    parts.push(Part::Data(match compute {
+        DType::Bf16 => Slice::of::<bf16>(&[]),
+        _ => Slice::of::<f32>(&[]),
+    }));
     let mut at = 0;
     for (slot, grad) in layout.slots.iter().zip(grads) {
         if slot.offset > at {
@@ -240,6 +277,13 @@ fn parts_of<'a>(layout: &UnitLayout, grads: &[Option<Slice<'a>>]) -> Result<Vec<
                     param: slot.param.name.clone(),
                     expected,
                     got: grad.numel(),
+                });
+            }
+            Some(grad) if grad.dtype() != compute => {
+                return Err(ZeroError::WrongGradientType {
+                    param: slot.param.name.clone(),
+                    expected: compute,
+                    got: grad.dtype(),
                 });
             }
             Some(grad) => parts.push(Part::Data(*grad)),

@@ -26,7 +26,7 @@ impl Zero {
     /// # Collective
     /// Every rank calls, after the last micro-batch of every trainable unit was reduced.
     /// # Errors
-    /// A failed collective or allocation.
+    /// [`ZeroError::MissingGradient`] if it was not; a failed collective or allocation.
     /// # Source
     /// AdamW (arXiv:1711.05101), clipping as in `torch.nn.utils.clip_grad_norm_`.
     pub fn step(&mut self, lr: f64, scalars: &[f64]) -> Result<StepReport, ZeroError> {
@@ -63,6 +63,7 @@ impl Zero {
                 continue;
             }
             self.settle(unit)?;
+            self.take_turn(unit)?;
             let shard = self.units[unit].layout.shard_range(self.group_rank);
             let grad = match &self.units[unit].trained.as_ref().expect("checked above").grad {
                 GradState::Full(full) => &full.typed::<f32>()?[shard],
@@ -74,11 +75,23 @@ impl Zero {
         Ok(total)
     }
 
+    /// Checks that all micro-batches of the unit were reduced, and begins to count anew.
+    fn take_turn(&mut self, unit: usize) -> Result<(), ZeroError> {
+        let expected = self.options.grad_accum_steps;
+        let Unit { layout, trained: Some(trained), .. } = &mut self.units[unit] else { return Ok(()) };
+        match replace(&mut trained.num_reduced, 0) {
+            got if got == expected => Ok(()),
+            got => Err(ZeroError::MissingGradient { unit: layout.name.clone(), expected, got }),
+        }
+    }
+
     /// Updates one unit's owned range, and completes the compute copy where others own the rest.
     fn update(&mut self, unit: usize, hyper: &AdamW, grad_scale: f32) -> Result<(), ZeroError> {
         let threads = self.threads();
         self.release(unit);
-        let Unit { owned, params, trained: Some(trained), .. } = &mut self.units[unit] else { return Ok(()) };
+        let Unit { layout, owned, params, trained: Some(trained) } = &mut self.units[unit] else {
+            return Ok(());
+        };
         let grad = match &trained.grad {
             GradState::Full(full) => &full.typed::<f32>()?[owned.clone()],
             GradState::Shard(shard) => shard.typed::<f32>()?,
@@ -94,6 +107,7 @@ impl Zero {
                 match params {
                     ParamState::Resident(full) => full.view_mut().into_range(owned.clone()),
                     ParamState::Sharded { shard } | ParamState::Gathered { shard, .. } => shard.view_mut(),
+                    ParamState::Moving => return Err(ZeroError::Lost { unit: layout.name.clone() }),
                     _ => unreachable!("settled"),
                 }
             }

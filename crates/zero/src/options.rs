@@ -2,7 +2,10 @@
 
 use shardwise_device::DType;
 use shardwise_kernels::Threads;
+pub use shardwise_plan::Overlap;
 use shardwise_plan::ZeroStage;
+
+use crate::ZeroError;
 
 /// Options of [`crate::Zero`].
 #[derive(Debug, Clone)]
@@ -25,6 +28,26 @@ pub struct ZeroOptions {
     pub threads: Threads,
 }
 
+impl ZeroOptions {
+    /// # Errors
+    /// [`ZeroError::WrongOption`] for what would train nothing, or something else, in silence.
+    pub(crate) fn check(&self) -> Result<(), ZeroError> {
+        let wrong = |option, got: String, expected| Err(ZeroError::WrongOption { option, got, expected });
+        if !matches!(self.compute, DType::F32 | DType::Bf16) {
+            return wrong("compute", self.compute.to_string(), "`f32` or `bf16`");
+        }
+        if self.grad_accum_steps == 0 {
+            return wrong("grad_accum_steps", "0".to_owned(), "at least `1`");
+        }
+        match self.clip_grad_norm {
+            Some(max) if max.is_nan() || max <= 0.0 => {
+                wrong("clip_grad_norm", max.to_string(), "a positive number, or none")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Hyperparameters of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWOptions {
@@ -36,15 +59,4 @@ pub struct AdamWOptions {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-}
-
-/// Where collectives of units run. The numbers are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Overlap {
-    /// In the caller's thread, when they are needed. Best where ranks have no core to spare: on CPU a collective is
-    /// copying, and a second thread would only take the first one's time.
-    Inline,
-    /// On a side thread, started early: gathers of the next unit during this one's computation, reductions during the
-    /// rest of the backward pass.
-    SideThread,
 }

@@ -31,7 +31,7 @@ pub(crate) enum ParamState {
     Gathering(Work<(Buffer, Buffer)>),
     /// The whole copy is here beside the shard.
     Gathered { shard: Buffer, full: Buffer },
-    /// Between two of the others, within one call; or for ever, after an error.
+    /// Between two of the others, within one call; or for ever, after an error ([`crate::ZeroError::Lost`]).
     Moving,
 }
 
@@ -42,6 +42,8 @@ pub(crate) struct Trained {
     pub exp_avg: Buffer,
     pub exp_avg_sq: Buffer,
     pub grad: GradState,
+    /// Micro-batches reduced since the last step.
+    pub num_reduced: usize,
     /// Consecutive ranges of `owned` with their weight decay.
     pub decay: Vec<(Range<usize>, f64)>,
 }
@@ -66,25 +68,29 @@ impl Unit {
         if stage.shards_optimizer() { layout.shard_range(group_rank) } else { 0..layout.padded_numel }
     }
 
-    /// Bytes held when nothing is gathered or under way.
+    /// Bytes held, without what is gathered for now. A buffer on loan to a collective counts as what comes back.
     pub fn state_bytes(&self, stage: ZeroStage, compute: DType, grad_accum_steps: usize) -> StateBytes {
         let (all, shard) = (self.layout.padded_numel, self.layout.shard_numel());
-        let params = if stage.shards_parameters() { shard } else { all } * compute.size_bytes();
+        let params = match &self.params {
+            ParamState::Resident(copy)
+            | ParamState::Sharded { shard: copy }
+            | ParamState::Gathered { shard: copy, .. } => copy.num_bytes(),
+            ParamState::Completing(_) => all * compute.size_bytes(),
+            ParamState::Gathering(_) => shard * compute.size_bytes(),
+            ParamState::Moving => 0,
+        };
         let Some(trained) = &self.trained else { return StateBytes { params, ..StateBytes::default() } };
         StateBytes {
             params,
             master_params: trained.master.as_ref().map_or(0, Buffer::num_bytes),
             optimizer: trained.exp_avg.num_bytes() + trained.exp_avg_sq.num_bytes(),
-            grads: if keeps_full_grad(stage, grad_accum_steps) { all } else { shard } * 4,
+            grads: match &trained.grad {
+                GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
+                GradState::ReducingFull(_) => all * 4,
+                GradState::ReducingShard { .. } if stage.keeps_whole_gradients(grad_accum_steps) => all * 4,
+                GradState::ReducingShard { .. } => shard * 4,
+                GradState::Moving => 0,
+            },
         }
-    }
-}
-
-/// Whether a rank keeps the whole unit's gradient.
-pub(crate) fn keeps_full_grad(stage: ZeroStage, grad_accum_steps: usize) -> bool {
-    match stage {
-        ZeroStage::Zero => true,
-        ZeroStage::One => grad_accum_steps > 1,
-        ZeroStage::Two | ZeroStage::Three => false,
     }
 }

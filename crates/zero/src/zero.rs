@@ -1,17 +1,18 @@
 //! [`Zero`]: birth of the state, and parameters as they come and go.
 
+use std::collections::VecDeque;
 use std::mem::replace;
 use std::ops::Range;
 use std::ptr::NonNull;
 
 use half::bf16;
 use shardwise_comm::Group;
-use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, SliceMut};
+use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats, SliceMut};
 use shardwise_kernels::{Threads, cast};
-use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage, param::matches_pattern};
+use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage, pattern::matches_pattern};
 
 use crate::lane::{Lane, Pending};
-use crate::unit::{GradState, ParamState, Trained, Unit, keeps_full_grad};
+use crate::unit::{GradState, ParamState, Trained, Unit};
 use crate::{StateBytes, ZeroError, ZeroOptions};
 
 /// Gives the first values of elements of one parameter: from a file, or from a generator.
@@ -29,6 +30,8 @@ pub struct Zero {
     pub(crate) group_size: usize,
     pub(crate) units: Vec<Unit>,
     pub(crate) pool: BufferPool,
+    /// Units whose gradients are on the side thread, oldest first.
+    pub(crate) reducing: VecDeque<usize>,
     /// Elements of the largest unit: every gather buffer has room for it, so that any two are alike.
     gather_numel: usize,
     /// Applied steps.
@@ -43,13 +46,15 @@ impl Zero {
     /// # Collective
     /// `group`. Every rank calls with the same layouts and options.
     /// # Errors
-    /// [`ZeroError::WrongGroup`] if the layouts are for another number of ranks, [`ZeroError::Fill`] what `fill` says.
+    /// [`ZeroError::WrongOption`], [`ZeroError::WrongGroup`] if the layouts are for another number of ranks,
+    /// [`ZeroError::Fill`] what `fill` says.
     pub fn new(
         layouts: Vec<UnitLayout>,
         options: ZeroOptions,
         group: Group,
         fill: &mut Fill<'_>,
     ) -> Result<Self, ZeroError> {
+        options.check()?;
         let (group_rank, group_size) = (group.group_rank(), group.group_size());
         if let Some(wrong) = layouts.iter().find(|layout| layout.num_shards != group_size) {
             let (unit, expected) = (wrong.name.clone(), wrong.num_shards);
@@ -64,6 +69,7 @@ impl Zero {
             group_size,
             units: Vec::with_capacity(layouts.len()),
             pool: BufferPool::new(Place::Cpu),
+            reducing: VecDeque::new(),
             gather_numel,
             num_steps: 0,
         };
@@ -109,7 +115,7 @@ impl Zero {
             ParamState::Resident(copy)
         };
         let trained = if layout.trainable {
-            let full = keeps_full_grad(stage, self.options.grad_accum_steps);
+            let full = stage.keeps_whole_gradients(self.options.grad_accum_steps);
             Some(Trained {
                 master,
                 exp_avg: zeros(DType::F32, owned.len())?,
@@ -118,6 +124,7 @@ impl Zero {
                     true => GradState::Full(zeros(DType::F32, layout.padded_numel)?),
                     false => GradState::Shard(zeros(DType::F32, layout.shard_numel())?),
                 },
+                num_reduced: 0,
                 decay: self.decay_ranges(&layout, owned.clone()),
             })
         } else {
@@ -190,6 +197,7 @@ impl Zero {
         };
         match state {
             ParamState::Resident(full) | ParamState::Gathered { full, .. } => Ok(full.as_ptr()),
+            ParamState::Moving => Err(self.lost(unit)),
             _ => unreachable!("start_gather leaves a whole copy, or one under way"),
         }
     }
@@ -256,6 +264,11 @@ impl Zero {
         )
     }
 
+    /// What the pool of gather and reduce buffers holds now and held at most.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pool.stats()
+    }
+
     /// Applied steps so far.
     pub fn num_steps(&self) -> u64 {
         self.num_steps
@@ -263,6 +276,10 @@ impl Zero {
 
     pub(crate) fn threads(&self) -> Threads {
         self.options.threads
+    }
+
+    pub(crate) fn lost(&self, unit: usize) -> ZeroError {
+        ZeroError::Lost { unit: self.units[unit].layout.name.clone() }
     }
 }
 

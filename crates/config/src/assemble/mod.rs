@@ -10,11 +10,12 @@ mod training;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use shardwise_plan::NamePattern;
+
 use crate::check::Checked;
 use crate::effective::{Note, Source};
 use crate::error::ConfigError;
 use crate::inputs::{Input, InputKind};
-use crate::pattern::NamePattern;
 use crate::run_config::*;
 use crate::value::{Data, Value};
 use lookup::{Assembler, Found, whole, word};

@@ -1,6 +1,8 @@
 //! The parts of a [`crate::RunConfig`] that a DeepSpeed configuration decides: batch, precision, optimizer, learning
 //! rate and ZeRO.
 
+use shardwise_plan::ZeroStage;
+
 use super::lookup::{Assembler, Found, set, switch, whole, word};
 use crate::batch::{Solved, Triple, Unsolved};
 use crate::check::{BATCH_KEYS, Setting};
@@ -181,7 +183,7 @@ impl Assembler<'_> {
 
     pub fn zero(&mut self) -> Option<ZeroConfig> {
         let stage = self.get("deepspeed.zero_optimization.stage", |value| {
-            ZeroStage::from_number(u8::try_from(value.whole()?).ok()?)
+            ZeroStage::try_from(u8::try_from(value.whole()?).ok()?).ok()
         })?;
         let overlap = self.optional("deepspeed.zero_optimization.overlap_comm", switch)?;
         let overlap = Found {

@@ -2,6 +2,7 @@
 
 mod effective;
 mod messages;
+mod planning;
 mod run_file;
 mod tables;
 mod templates;

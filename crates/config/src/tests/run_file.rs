@@ -77,7 +77,7 @@ fn toml_and_json_say_the_same() {
     assert_eq!((batch.global_batch_size, batch.micro_batch, batch.grad_accum_steps), (8, 4, 1));
     assert_eq!(toml.precision, Precision::Bf16);
     assert_eq!(toml.clip_grad_norm, None);
-    assert_eq!(toml.zero.stage, ZeroStage::Parameters);
+    assert_eq!(toml.zero.stage, ZeroStage::Three);
     assert_eq!(toml.zero.overlap_comm, CommOverlap::Automatic);
     assert_eq!(
         toml.lr_schedule,
@@ -100,7 +100,7 @@ fn the_smallest_run_has_the_documented_defaults() {
     assert_eq!((adamw.betas, adamw.eps, adamw.weight_decay), ([0.9, 0.999], 1e-8, 0.0));
     assert_eq!(config.lr_schedule, LrSchedule::Constant { lr: 0.001 });
     assert_eq!(config.clip_grad_norm, Some(1.0));
-    assert_eq!(config.zero.stage, ZeroStage::Replicated);
+    assert_eq!(config.zero.stage, ZeroStage::Zero);
     assert_eq!(config.report.steps_per_print, None);
 }
 
@@ -141,10 +141,10 @@ fn overrides_reach_everywhere() {
     ]);
     let load = |sets: &[&str]| files.load("run.json", sets, 1).unwrap().config;
     assert_eq!(load(&["steps=5e1"]).steps, 50);
-    assert_eq!(load(&["deepspeed.zero_optimization.stage=2"]).zero.stage, ZeroStage::Gradients);
-    assert_eq!(load(&["deepspeed=other.json"]).zero.stage, ZeroStage::OptimizerState);
+    assert_eq!(load(&["deepspeed.zero_optimization.stage=2"]).zero.stage, ZeroStage::Two);
+    assert_eq!(load(&["deepspeed=other.json"]).zero.stage, ZeroStage::One);
     let config = load(&["deepspeed=other.json", "deepspeed.bf16.enabled=true"]);
-    assert_eq!((config.zero.stage, config.precision), (ZeroStage::OptimizerState, Precision::Bf16));
+    assert_eq!((config.zero.stage, config.precision), (ZeroStage::One, Precision::Bf16));
     let config = load(&["steps=1", "steps=2", "train.frozen=['a', \"b\"]", "data.order=sequential"]);
     assert_eq!(config.steps, 2);
     assert_eq!(config.train.frozen, [NamePattern::new("a"), NamePattern::new("b")]);

@@ -100,7 +100,7 @@ fn the_template_filled_in_loads() {
     let files = Files::new(&[("run.json", &run_with("\"ds.json\"")), ("ds.json", &text)]);
     let loaded = files.load("run.json", &[], 2).unwrap();
     let config = &loaded.config;
-    assert_eq!(config.zero.stage, ZeroStage::Parameters);
+    assert_eq!(config.zero.stage, ZeroStage::Three);
     assert_eq!(config.precision, Precision::Bf16);
     assert_eq!(config.batch.global_batch_size, 16);
     assert_eq!(config.clip_grad_norm, Some(0.5));
@@ -152,7 +152,7 @@ fn a_hand_written_configuration_with_comments_loads() {
 }
 "#;
     let config = load(&run_with(text), &[], 4).unwrap().config;
-    assert_eq!(config.zero.stage, ZeroStage::Gradients);
+    assert_eq!(config.zero.stage, ZeroStage::Two);
     assert_eq!((config.batch.micro_batch, config.batch.grad_accum_steps), (4, 1));
     assert!(matches!(config.optimizer, Optimizer::AdamW(_)));
 }

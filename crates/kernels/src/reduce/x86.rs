@@ -220,3 +220,4 @@ macro_rules! stream_path {
 
 stream_path!(stream_512, "avx512f", 64, _mm512_loadu_si512, _mm512_stream_si512);
 stream_path!(stream_256, "avx", 32, _mm256_loadu_si256, _mm256_stream_si256);
+stream_path!(copy_512, "avx512f", 64, _mm512_loadu_si512, _mm512_store_si512);

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
+use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
 
 /// What a GPT-2 `config.json` says.
@@ -122,12 +123,12 @@ impl Gpt2Config {
         normal(self.initializer_range)
     }
 
-    /// See [`super::ModelConfig::kept_elements_per_token`].
-    pub fn kept_elements_per_token(&self) -> usize {
+    pub(super) fn block_activations(&self) -> LayerActivations {
         let (d, f) = (self.n_embd, self.n_inner);
         // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
         // its activation.
-        3 * d + 3 * d + d + 2 * f
+        let kept = 3 * d + 3 * d + d + 2 * f;
+        LayerActivations { kept, output: d, forward: d, backward: (2 * f).max(4 * d) }
     }
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
+use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
 
 /// What a Llama `config.json` says.
@@ -154,13 +155,14 @@ impl LlamaConfig {
         normal(self.initializer_range)
     }
 
-    /// See [`super::ModelConfig::kept_elements_per_token`].
-    pub fn kept_elements_per_token(&self) -> usize {
+    pub(super) fn block_activations(&self) -> LayerActivations {
         let (d, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         // Two normalised inputs and the residual between; q, k, v after rotation, the attention's output; gate, up and
         // their product.
-        3 * d + q + 2 * kv + q + 3 * f
+        let kept = 3 * d + q + 2 * kv + q + 3 * f;
+        // Backward: gradients of the MLP's three, or those of q, k, v and the attention's output with what the kernel sums in.
+        LayerActivations { kept, output: d, forward: d, backward: (3 * f).max(2 * (q + kv)) }
     }
 }
 

@@ -12,12 +12,15 @@ mod reader;
 pub use gpt2::Gpt2Config;
 pub use llama::{LlamaConfig, RopeScaling};
 
+use serde::Serialize;
 use serde_json::Value;
 
+use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec};
 
 /// A model family with its hyperparameters.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "model_type", rename_all = "lowercase")]
 pub enum ModelConfig {
     /// `LlamaForCausalLM`.
     Llama(LlamaConfig),
@@ -109,11 +112,27 @@ impl ModelConfig {
         }
     }
 
-    /// Elements that a block keeps for its backward pass, for each token, apart from its input.
-    pub fn kept_elements_per_token(&self) -> usize {
+    /// What each of [`ModelConfig::layers`] holds while a micro-batch goes through it.
+    pub fn activations(&self) -> Vec<LayerActivations> {
+        let (num_blocks, block) = match self {
+            ModelConfig::Llama(config) => (config.num_hidden_layers, config.block_activations()),
+            ModelConfig::Gpt2(config) => (config.n_layer, config.block_activations()),
+        };
+        let (hidden, vocab) = (self.hidden_size(), self.vocab_size());
+        let embedding = LayerActivations { output: hidden, ..LayerActivations::default() };
+        // The normalised input and the gradient of the scores, which the forward pass makes of the scores.
+        let head = LayerActivations { kept: hidden + vocab, output: 0, forward: vocab, backward: 0 };
+        let mut layers = vec![embedding];
+        layers.extend(std::iter::repeat_n(block, num_blocks));
+        layers.push(head);
+        layers
+    }
+
+    /// The family's name in `config.json`.
+    pub fn family(&self) -> &'static str {
         match self {
-            ModelConfig::Llama(config) => config.kept_elements_per_token(),
-            ModelConfig::Gpt2(config) => config.kept_elements_per_token(),
+            ModelConfig::Llama(_) => "llama",
+            ModelConfig::Gpt2(_) => "gpt2",
         }
     }
 }

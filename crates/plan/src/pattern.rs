@@ -20,25 +20,31 @@ impl NamePattern {
 
     /// Whether the whole name fits the pattern.
     pub fn matches(&self, name: &str) -> bool {
-        let mut parts = self.0.split('*');
-        let first = parts.next().unwrap_or("");
-        let Some(mut rest) = name.strip_prefix(first) else { return false };
-        let Some(last) = parts.next_back() else { return rest.is_empty() };
-        // Taking each inner part at its first occurrence leaves the most room for those after it.
-        for part in parts {
-            match rest.find(part) {
-                Some(found) => rest = &rest[found + part.len()..],
-                None => return false,
-            }
-        }
-        rest.ends_with(last)
+        matches_pattern(&self.0, name)
     }
+}
+
+/// Whether the whole of `name` fits `pattern`.
+pub fn matches_pattern(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or("");
+    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    // Taking each inner part at its first occurrence leaves the most room for those after it.
+    for part in parts {
+        match rest.find(part) {
+            Some(found) => rest = &rest[found + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn a_star_is_any_run_of_characters() {

@@ -1,0 +1,37 @@
+# Every target sets up what it needs; `make setup` alone fetches libtorch once.
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-fast bench fmt lint
+
+CARGO ?= cargo
+TORCH_CRATES := -p shardwise-torch -p shardwise-engine -p shardwise-models -p shardwise-worker
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## fetch libtorch 2.11.0 (CUDA=1: with its CUDA libraries; LIBTORCH=DIR: use that one)
+	@scripts/setup.sh
+
+build: setup ## build target/release/shardwise and target/release/shardwise-worker
+	$(CARGO) build --release -p shardwise-cli -p shardwise-worker
+
+demo: build ## train a small Llama on Shakespeare on 2 CPU ranks with ZeRO-2 and print a sample
+	target/release/shardwise train examples/demo/run.toml -n 2 --out out/demo --overwrite
+
+test: build ## run all tests
+	$(CARGO) test
+	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
+	$(CARGO) test --release $(TORCH_CRATES)
+	$(CARGO) run --release -p shardwise-engine --example custom_model
+
+test-fast: ## run the tests of the crates that need no libtorch
+	$(CARGO) test
+
+bench: build ## run the benchmarks
+	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine
+
+fmt: ## format the code
+	$(CARGO) fmt --all
+
+lint: setup ## check format and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --release -- -D warnings

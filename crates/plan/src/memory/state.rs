@@ -1,0 +1,120 @@
+//! Model state: what a rank keeps for the whole run.
+
+use serde::Serialize;
+
+use crate::{Bytes, UnitLayout, ZeroStage};
+
+/// Bytes of one element of each kind of state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateWidths {
+    /// The copy of the parameters that layers compute with.
+    pub params: usize,
+    /// The copy that the optimizer updates; 0 where that is the compute copy.
+    pub master_params: usize,
+    /// The optimizer's moments, together.
+    pub optimizer: usize,
+    /// Gradients, as summed over micro-batches and ranks.
+    pub grads: usize,
+}
+
+impl StateWidths {
+    /// AdamW in fp32 with gradients summed in fp32, for layers that compute in elements of `compute_bytes`. In fp32 the
+    /// compute copy is the master copy.
+    pub const fn adamw(compute_bytes: usize) -> Self {
+        let master_params = if compute_bytes < 4 { 4 } else { 0 };
+        StateWidths { params: compute_bytes, master_params, optimizer: 8, grads: 4 }
+    }
+}
+
+/// Bytes of model state on one rank, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ModelState {
+    /// Compute copy of the parameters.
+    pub params: Bytes,
+    /// Master weights.
+    pub master_params: Bytes,
+    /// Optimizer states.
+    pub optimizer: Bytes,
+    /// Gradients.
+    pub grads: Bytes,
+}
+
+impl ModelState {
+    /// What each rank keeps of `units`. All ranks keep the same, for shards are equal.
+    ///
+    /// # Source
+    /// ZeRO (arXiv:1910.02054) section 3 and figure 1. Ours differs in that stage 1 shards the gradients too when nothing is
+    /// accumulated.
+    pub fn new(units: &[UnitLayout], stage: ZeroStage, grad_accum_steps: usize, widths: StateWidths) -> Self {
+        let mut sum = ModelState::default();
+        for unit in units {
+            let share = |whole: bool| if whole { unit.padded_numel } else { unit.shard_numel() };
+            sum.params += Bytes::of(share(!stage.shards_parameters()), widths.params);
+            if unit.trainable {
+                let owned = share(!stage.shards_optimizer());
+                sum.master_params += Bytes::of(owned, widths.master_params);
+                sum.optimizer += Bytes::of(owned, widths.optimizer);
+                sum.grads += Bytes::of(share(stage.keeps_whole_gradients(grad_accum_steps)), widths.grads);
+            }
+        }
+        sum
+    }
+
+    /// All of it.
+    pub fn total(&self) -> Bytes {
+        self.params + self.master_params + self.optimizer + self.grads
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Init, ParamSpec};
+
+    fn unit(numel: usize, trainable: bool, num_shards: usize) -> UnitLayout {
+        UnitLayout::new("l", trainable, vec![ParamSpec::new("l", "w", &[numel], Init::Zeros)], num_shards)
+    }
+
+    /// 16-bit parameters and gradients, K = 12 bytes of optimizer state.
+    const PAPER: StateWidths = StateWidths { params: 2, master_params: 4, optimizer: 8, grads: 2 };
+
+    fn gb(units: &[UnitLayout], stage: ZeroStage) -> f64 {
+        // The paper keeps the whole gradient in stage 1, as we do when micro-batches are accumulated.
+        let bytes = ModelState::new(units, stage, 2, PAPER).total();
+        (bytes.0 as f64 / 1e8).round() / 10.0
+    }
+
+    #[test]
+    fn the_papers_figure_1() {
+        let units = [unit(7_500_000_000, true, 64)];
+        assert_eq!(ZeroStage::ALL.map(|stage| gb(&units, stage)), [120.0, 31.4, 16.6, 1.9]);
+    }
+
+    #[test]
+    fn the_papers_trillion_parameters_on_1024_ranks() {
+        assert_eq!(gb(&[unit(1_000_000_000_000, true, 1024)], ZeroStage::Three), 15.6);
+    }
+
+    #[test]
+    fn our_widths() {
+        let units = [unit(64 * 100, true, 2)];
+        let per_param = |stage, accum, compute| {
+            let state = ModelState::new(&units, stage, accum, StateWidths::adamw(compute));
+            state.total().0 as f64 / 6400.0
+        };
+        // bf16: 2 + 4 + 8 + 4 in all.
+        assert_eq!(ZeroStage::ALL.map(|stage| per_param(stage, 1, 2)), [18.0, 10.0, 10.0, 9.0]);
+        assert_eq!(ZeroStage::ALL.map(|stage| per_param(stage, 4, 2)), [18.0, 12.0, 10.0, 9.0]);
+        // fp32: 4 + 8 + 4.
+        assert_eq!(ZeroStage::ALL.map(|stage| per_param(stage, 1, 4)), [16.0, 10.0, 10.0, 8.0]);
+        assert_eq!(ZeroStage::ALL.map(|stage| per_param(stage, 4, 4)), [16.0, 12.0, 10.0, 8.0]);
+    }
+
+    #[test]
+    fn frozen_parameters_have_a_compute_copy_and_nothing_else() {
+        let units = [unit(640, true, 2), unit(1280, false, 2)];
+        let state = ModelState::new(&units, ZeroStage::Three, 1, StateWidths::adamw(2));
+        assert_eq!(state.params, Bytes(2 * (640 + 1280) / 2));
+        assert_eq!(state.total(), state.params + Bytes((4 + 8 + 4) * 640 / 2));
+    }
+}

@@ -1,0 +1,158 @@
+//! What `shardwise plan` predicts, against what ranks then need and send.
+//!
+//! The two cases are those that the project is compared on: `small` (34 M parameters), where activations and libtorch
+//! weigh as much as model state, and `medium` (188 M), where state does.
+
+// Helpers of tests may unwrap as tests may.
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Write as _;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use shardwise_config::RunConfig;
+use shardwise_plan::run::RunPlan;
+use tempfile::TempDir;
+
+/// Relative error that a prediction may have.
+const TOLERANCE: f64 = 0.15;
+const NUM_RANKS: usize = 2;
+/// Everything has been touched after the first step; the second shows that it is enough.
+const NUM_STEPS: usize = 2;
+
+/// vocabulary, hidden, layers, heads, MLP, sequence, micro-batch
+type Size = [usize; 7];
+const SMALL: Size = [8192, 512, 8, 8, 1408, 256, 4];
+const MEDIUM: Size = [16384, 1024, 12, 16, 2816, 256, 1];
+
+/// What varies between runs of a size.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    stage: u8,
+    bf16: bool,
+    grad_accum_steps: usize,
+    overlap: bool,
+}
+
+impl Variant {
+    const PLAIN: Variant = Variant { stage: 2, bf16: true, grad_accum_steps: 1, overlap: false };
+}
+
+fn run_file([vocab, hidden, layers, heads, mlp, seq_len, micro_batch]: Size, variant: Variant) -> Value {
+    json!({
+        "model": {"config": {"model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "intermediate_size": mlp, "max_position_embeddings": seq_len}},
+        "data": {"tokens": "tokens.bin", "dtype": "u16", "seq_len": seq_len, "order": "sequential"},
+        "steps": NUM_STEPS,
+        "threads_per_rank": 1,
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": variant.grad_accum_steps,
+            "bf16": {"enabled": variant.bf16},
+            "zero_optimization": {"stage": variant.stage, "overlap_comm": variant.overlap},
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}},
+        },
+    })
+}
+
+/// Plans and runs each variant; says of all of them how far the prediction was off, and fails if one is off too far.
+fn compare(size: Size, variants: &[Variant]) {
+    let mut table = String::new();
+    let mut worst: f64 = 0.0;
+    for &variant in variants {
+        let folder = TempDir::new().unwrap();
+        let run = folder.path().join("run.json");
+        std::fs::write(&run, run_file(size, variant).to_string()).unwrap();
+        write_tokens(&folder.path().join("tokens.bin"), size);
+        let config = RunConfig::load(&run, &[], NUM_RANKS).unwrap().config;
+        let plan = config.plan(std::thread::available_parallelism().unwrap().get()).unwrap();
+
+        train(&run, &folder.path().join("out"));
+        let metrics = std::fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
+        let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        let measured = last["peak_rss_mb"].as_f64().unwrap();
+        let error = plan.memory().peak.mib() / measured - 1.0;
+        worst = worst.max(error.abs());
+        let predicted = plan.memory().peak.mib();
+        writeln!(
+            table,
+            "{variant:?}: predicted {predicted:.0} MiB, measured {measured:.0} ({:+.1}%)",
+            100.0 * error
+        )
+        .unwrap();
+        check_traffic(&plan, last["comm_bytes"].as_u64().unwrap());
+    }
+    println!("{table}");
+    assert!(worst <= TOLERANCE, "off by more than {TOLERANCE}:\n{table}");
+}
+
+/// Sent bytes are exact, up to the few numbers that ranks tell each other for the norm and the loss.
+fn check_traffic(plan: &RunPlan, measured: u64) {
+    let predicted = plan.traffic.bytes.0;
+    assert!(
+        (predicted..predicted + 1024).contains(&measured),
+        "{measured} sent, {predicted} planned: {:?}",
+        plan.shape
+    );
+}
+
+/// Random tokens, enough for every step.
+fn write_tokens(path: &Path, size: Size) {
+    let mut state = 1u64;
+    let mut token = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % size[0] as u64) as u16
+    };
+    let bytes: Vec<u8> = (0..1 << 16).flat_map(|_| token().to_le_bytes()).collect();
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Runs the ranks as any launcher does.
+fn train(run: &Path, out: &Path) {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let ranks: Vec<_> = (0..NUM_RANKS)
+        .map(|rank| {
+            Command::new(env!("CARGO_BIN_EXE_shardwise-worker"))
+                .arg(run)
+                .arg("--out")
+                .arg(out)
+                .env("RANK", rank.to_string())
+                .env("LOCAL_RANK", rank.to_string())
+                .env("WORLD_SIZE", NUM_RANKS.to_string())
+                .env("MASTER_ADDR", "127.0.0.1")
+                .env("MASTER_PORT", port.to_string())
+                .env("OMP_NUM_THREADS", "1")
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for rank in ranks {
+        let output = rank.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn small_is_predicted_within_15_percent() {
+    compare(
+        SMALL,
+        &[
+            Variant { stage: 0, ..Variant::PLAIN },
+            Variant { stage: 1, grad_accum_steps: 2, ..Variant::PLAIN },
+            Variant::PLAIN,
+            Variant { stage: 3, ..Variant::PLAIN },
+            Variant { stage: 3, bf16: false, grad_accum_steps: 2, ..Variant::PLAIN },
+            Variant { overlap: true, ..Variant::PLAIN },
+            Variant { stage: 3, grad_accum_steps: 2, overlap: true, ..Variant::PLAIN },
+        ],
+    );
+}
+
+#[test]
+fn medium_is_predicted_within_15_percent() {
+    compare(MEDIUM, &[Variant::PLAIN]);
+}

@@ -1,0 +1,207 @@
+//! A model without layers: units of any sizes, whose first values and gradients are pure functions of names and numbers.
+
+use std::error::Error;
+use std::ops::Range;
+
+use half::bf16;
+use shardwise_comm::{Group, thread};
+use shardwise_device::{Buffer, DType, Place, Slice};
+use shardwise_kernels::Threads;
+use shardwise_plan::{Init, ParamSpec, UnitLayout, ZeroStage};
+use shardwise_zero::{AdamWOptions, Overlap, StepOutcome, StepReport, Zero, ZeroOptions};
+
+pub const LR: f64 = 0.01;
+
+/// Elements of each parameter of each unit, and which units are frozen.
+#[derive(Debug, Clone)]
+pub struct Model {
+    pub units: Vec<Vec<usize>>,
+    pub frozen: Vec<usize>,
+}
+
+impl Model {
+    pub fn new(units: &[&[usize]]) -> Self {
+        Model { units: units.iter().map(|sizes| sizes.to_vec()).collect(), frozen: Vec::new() }
+    }
+
+    /// Every second parameter is a bias, by name.
+    pub fn layouts(&self, num_shards: usize) -> Vec<UnitLayout> {
+        let unit = |(index, sizes): (usize, &Vec<usize>)| {
+            let name = format!("unit{index}");
+            let key = |i: usize| format!("{i}.{}", if i % 2 == 0 { "weight" } else { "bias" });
+            let params = sizes.iter().enumerate();
+            let params =
+                params.map(|(i, &numel)| ParamSpec::new(&name, &key(i), &[numel], Init::Zeros)).collect();
+            UnitLayout::new(&name, !self.frozen.contains(&index), params, num_shards)
+        };
+        self.units.iter().enumerate().map(unit).collect()
+    }
+
+    pub fn zero(&self, options: &ZeroOptions, group: Group) -> Zero {
+        Zero::new(self.layouts(group.group_size()), options.clone(), group, &mut fill).unwrap()
+    }
+
+    /// Runs `f` on every rank of a world with its part of this model.
+    pub fn run<T: Send>(
+        &self,
+        world: usize,
+        options: &ZeroOptions,
+        f: impl Fn(&mut Zero) -> T + Sync,
+    ) -> Vec<T> {
+        thread::run(world, |group| f(&mut self.zero(options, group)))
+    }
+}
+
+pub fn options(stage: ZeroStage, compute: DType) -> ZeroOptions {
+    ZeroOptions {
+        stage,
+        compute,
+        grad_accum_steps: 1,
+        clip_grad_norm: None,
+        adamw: AdamWOptions { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 },
+        no_decay: vec![],
+        overlap: Overlap::Inline,
+        threads: Threads::ONE,
+    }
+}
+
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+fn hash(name: &str, numbers: &[usize]) -> u64 {
+    let name = name.bytes().fold(17, |hash, byte| mix(hash ^ u64::from(byte)));
+    numbers.iter().fold(name, |hash, &number| mix(hash.wrapping_add(number as u64 + 1)))
+}
+
+/// A number of either sign and one of many magnitudes, so that the order of additions shows in a sum.
+fn number(hash: u64) -> f32 {
+    let magnitude = 2f32.powi((hash % 8) as i32 - 6);
+    magnitude * ((hash >> 8) as f32 / (1u64 << 55) as f32 - 1.0)
+}
+
+/// First values.
+pub fn fill(
+    param: &ParamSpec,
+    range: Range<usize>,
+    out: &mut [f32],
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    out.iter_mut().zip(range).for_each(|(value, i)| *value = number(hash(&param.name, &[i])));
+    Ok(())
+}
+
+/// The gradient of `param` in a micro-batch on a rank, exact in `compute`; now and then there is none.
+pub fn gradient(param: &ParamSpec, compute: DType, [step, microbatch, rank]: [usize; 3]) -> Option<Vec<f32>> {
+    let seed = hash(&param.name, &[step, microbatch, rank]);
+    let rounded = |x: f32| if compute == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+    let value = |i: usize| rounded(number(mix(seed.wrapping_add(i as u64))));
+    (!seed.is_multiple_of(7)).then(|| (0..param.numel()).map(value).collect())
+}
+
+/// `values` as a buffer of the compute type.
+pub fn buffer(values: &[f32], compute: DType) -> Buffer {
+    let mut buffer = Buffer::zeroed(compute, values.len(), Place::Cpu).unwrap();
+    match compute {
+        DType::F32 => buffer.typed_mut::<f32>().unwrap().copy_from_slice(values),
+        _ => {
+            let out = buffer.typed_mut::<bf16>().unwrap();
+            out.iter_mut().zip(values).for_each(|(out, &value)| *out = bf16::from_f32(value));
+        }
+    }
+    buffer
+}
+
+/// Reduces one unit's gradients of a micro-batch; `change` may spoil them.
+pub fn reduce(
+    zero: &mut Zero,
+    unit: usize,
+    step: usize,
+    microbatch: usize,
+    change: &dyn Fn(usize, &mut Vec<f32>),
+) {
+    let (rank, compute) = (zero.group().group_rank(), zero.compute_dtype());
+    let slots = zero.layout(unit).slots.iter();
+    let grads: Vec<Option<Buffer>> = slots
+        .map(|slot| {
+            let mut values = gradient(&slot.param, compute, [step, microbatch, rank])?;
+            change(rank, &mut values);
+            Some(buffer(&values, compute))
+        })
+        .collect();
+    let slices: Vec<Option<Slice<'_>>> = grads.iter().map(|grad| grad.as_ref().map(Buffer::view)).collect();
+    zero.reduce(unit, microbatch, &slices).unwrap();
+}
+
+/// What an engine does in a step: gathers forward, gathers and reduces backward, steps.
+pub fn train_step(
+    zero: &mut Zero,
+    step: usize,
+    accum: usize,
+    change: &dyn Fn(usize, &mut Vec<f32>),
+) -> StepReport {
+    let num_units = zero.layouts().len();
+    for microbatch in 0..accum {
+        for unit in 0..num_units {
+            zero.gather(unit).unwrap();
+            if unit + 1 < num_units {
+                zero.prefetch(unit + 1).unwrap();
+            }
+            zero.release(unit);
+        }
+        for unit in (0..num_units).rev() {
+            zero.gather(unit).unwrap();
+            if unit > 0 {
+                zero.prefetch(unit - 1).unwrap();
+            }
+            reduce(zero, unit, step, microbatch, change);
+            zero.release(unit);
+        }
+    }
+    zero.step(LR, &[1.0]).unwrap()
+}
+
+/// As it is.
+pub fn unchanged(_: usize, _: &mut Vec<f32>) {}
+
+/// Everything that a run leaves behind, as bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trace {
+    pub norms: Vec<u64>,
+    pub outcomes: Vec<StepOutcome>,
+    pub weights: Vec<(String, Vec<f32>)>,
+    pub copies: Vec<Vec<u8>>,
+}
+
+/// Trains for `steps` and tells what came of it.
+pub fn trace(zero: &mut Zero, steps: &[usize], accum: usize, change: &dyn Fn(usize, &mut Vec<f32>)) -> Trace {
+    let reports: Vec<_> = steps.iter().map(|&step| train_step(zero, step, accum, change)).collect();
+    let weights = weights(zero);
+    let copies = (0..zero.layouts().len()).map(|unit| zero.compute_bytes(unit).unwrap()).collect();
+    Trace {
+        norms: reports.iter().map(|report| report.grad_norm.to_bits()).collect(),
+        outcomes: reports.iter().map(|report| report.outcome).collect(),
+        weights,
+        copies,
+    }
+}
+
+/// All parameters, whole, in fp32.
+pub fn weights(zero: &mut Zero) -> Vec<(String, Vec<f32>)> {
+    let mut all = Vec::new();
+    zero.for_each_param::<shardwise_zero::ZeroError>(|param, values| {
+        all.push((param.name.clone(), values.to_vec()));
+        Ok(())
+    })
+    .unwrap();
+    all
+}
+
+/// The ranks' common trace.
+pub fn common(traces: Vec<Trace>) -> Trace {
+    let mut traces = traces.into_iter();
+    let first = traces.next().expect("a world has a rank");
+    traces.for_each(|other| assert_eq!(other, first, "all ranks end alike"));
+    first
+}

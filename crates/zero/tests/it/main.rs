@@ -1,0 +1,9 @@
+//! The numerical contract of sharded state, without tensors: ranks as threads, units of any sizes, made-up gradients.
+
+mod accounting;
+mod errors;
+mod harness;
+mod numbers;
+mod parameters;
+mod reference;
+mod steps;
