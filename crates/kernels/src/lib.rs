@@ -9,6 +9,7 @@
 
 pub mod adamw;
 pub mod add;
+pub mod attention;
 pub mod cast;
 pub mod norm;
 pub mod philox;

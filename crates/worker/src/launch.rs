@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use shardwise_monitor::EventWriter;
 
 use crate::failure::Failure;
+use crate::fault::Fault;
 
 /// This process's place among the ranks.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub struct Launch {
     pub rendezvous: String,
     /// Threads of this rank, if the launcher decided.
     pub threads: Option<usize>,
+    /// How this rank is to fail, in tests.
+    pub fault: Option<Fault>,
 }
 
 /// The line to the supervisor; silent if there is none.
@@ -57,8 +60,24 @@ impl Launch {
         let run_id =
             env::var("SHARDWISE_RUN_ID").or_else(|_| env::var("TORCHELASTIC_RUN_ID")).unwrap_or_default();
         let rendezvous = format!("{address}:{port}:{run_id}");
-        Ok(Launch { rank, world_size, rendezvous, threads: number("SHARDWISE_THREADS")? })
+        let fault = fault(world_size)?.filter(|fault| fault.rank == rank);
+        Ok(Launch { rank, world_size, rendezvous, threads: number("SHARDWISE_THREADS")?, fault })
     }
+}
+
+/// Reads `SHARDWISE_FAULT`: see [`crate::fault`].
+fn fault(world_size: usize) -> Result<Option<Fault>, Failure> {
+    let Some(text) = env::var_os("SHARDWISE_FAULT") else { return Ok(None) };
+    let text = text.to_string_lossy();
+    let refuse = |problem: String| {
+        let message = format!("environment variable `SHARDWISE_FAULT` is `{text}`: {problem}");
+        Failure::usage(message, "it makes a rank fail on purpose, as in `kill:rank=1,step=3,phase=backward`; unset it to train")
+    };
+    let fault: Fault = text.parse().map_err(refuse)?;
+    if fault.rank >= world_size {
+        return Err(refuse(format!("there are `{world_size}` ranks")));
+    }
+    Ok(Some(fault))
 }
 
 fn number(name: &str) -> Result<Option<usize>, Failure> {

@@ -4,10 +4,13 @@
 //! the run file says what to train, the environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`,
 //! `MASTER_PORT`) which rank it is, and the environment is read here and nowhere else.
 //!
+//! A testing aid: `SHARDWISE_FAULT=kill:rank=1,step=3,phase=backward` makes a rank kill, stop or panic itself at that point ([`fault`]).
+//!
 //! `shardwise-worker generate` samples from a trained model, on one rank.
 
 mod data;
 mod failure;
+mod fault;
 mod generate;
 mod launch;
 mod model;
@@ -16,6 +19,7 @@ mod telemetry;
 mod train;
 
 use std::ffi::OsString;
+use std::panic::catch_unwind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -78,12 +82,13 @@ struct GenerateArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome = match (cli.command, cli.train) {
+    // Unwinding, a rank leaves its groups and tells them so; then it tells the supervisor.
+    let outcome = catch_unwind(|| match (cli.command, cli.train) {
         (Some(Command::Generate(args)), _) => generate::run(&args),
         (None, Some(args)) => Launch::from_env().and_then(|launch| train::run(&args, &launch)),
         (None, None) => Err(Failure::usage("no run file was given", "shardwise-worker RUN.json")),
-    };
-    match outcome {
+    });
+    match outcome.unwrap_or_else(|panic| Err(Failure::panicked(&*panic))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }

@@ -95,6 +95,9 @@ impl Run<'_> {
         let mut applied = 0u64;
         for step in 0..self.config.steps {
             self.telemetry.begin_step(step + 1);
+            if let Some(fault) = self.launch.fault.filter(|fault| fault.step == step + 1) {
+                fault.arm(engine);
+            }
             let lr = self.config.lr_schedule.lr(applied);
             let sent_before = engine.zero().group().ledger().total().sent_bytes;
             let start = Instant::now();

@@ -13,7 +13,9 @@
 
 use shardwise_device::DType;
 use shardwise_plan::layout::ALIGNMENT;
-use shardwise_plan::{ZeroStage, traffic};
+use shardwise_plan::memory::{ModelState, StateWidths};
+use shardwise_plan::traffic::Traffic;
+use shardwise_plan::{Bytes, ZeroStage};
 use shardwise_zero::{Overlap, StateBytes, ZeroOptions};
 
 use crate::harness::{Model, options, train_step, unchanged};
@@ -62,6 +64,8 @@ fn model_state_follows_the_table_of_the_paper() {
                     });
                     let least = table(stage, compute, accum, n, psi);
                     let most = table(stage, compute, accum, n, with_padding);
+                    let widths = StateWidths::adamw(compute.size_bytes());
+                    let planned = ModelState::new(&model().layouts(n), stage, accum, widths);
                     for found in ranks {
                         let what = format!("stage {stage}, {compute}, accum {accum}, {n} ranks: {found:?}");
                         assert!(least.params <= found.params && found.params <= most.params, "{what}");
@@ -72,10 +76,7 @@ fn model_state_follows_the_table_of_the_paper() {
                             "{what}"
                         );
                         assert!(least.grads <= found.grads && found.grads <= most.grads, "{what}");
-                        assert_eq!(
-                            found.total(),
-                            found.params + found.master_params + found.optimizer + found.grads
-                        );
+                        assert_eq!(Bytes(found.total() as u64), planned.total(), "{what}");
                     }
                 }
             }
@@ -99,11 +100,6 @@ fn frozen_units_have_parameters_and_no_other_state() {
     }
 }
 
-/// The step's own exchange: the sum of squares and one scalar of the caller's, eight bytes each to every other rank.
-fn scalar_elements(n: usize) -> usize {
-    16 * (n - 1)
-}
-
 #[test]
 fn the_wire_carries_what_the_plan_says_and_the_paper_too() {
     for n in [1, 2, 4, 8] {
@@ -112,20 +108,24 @@ fn the_wire_carries_what_the_plan_says_and_the_paper_too() {
                 let options = ZeroOptions { grad_accum_steps: accum, overlap, ..options(stage, DType::Bf16) };
                 let model = Model { frozen: if accum == 1 { vec![] } else { vec![1] }, ..model() };
                 let ranks = model.run(n, &options, |zero| {
-                    // The first exchange ends what birth has under way, the second one what the step has.
+                    // An empty exchange ends what is under way before it.
                     zero.exchange(&[]).unwrap();
-                    let before = zero.group().ledger().total().sent_numel;
+                    let before = zero.group().ledger();
                     train_step(zero, 0, accum, &unchanged);
                     zero.exchange(&[]).unwrap();
-                    (zero.group().ledger().total().sent_numel - before) as usize
+                    zero.group().ledger().since(&before).total()
                 });
-                let planned = traffic::step_elements(&model.layouts(n), stage, accum, |_| 2);
+                let planned = Traffic::new(&model.layouts(n), stage, accum, 2, |_| 2);
+                // The step's own exchange: the sum of squares and one scalar of the caller's, as bytes.
+                let scalars = 2 * 8 * (n - 1) as u64;
                 for sent in ranks {
-                    assert_eq!(sent, planned + scalar_elements(n), "stage {stage}, accum {accum}, {n} ranks");
+                    let what = format!("stage {stage}, accum {accum}, {overlap:?}, {n} ranks");
+                    assert_eq!(sent.sent_numel, planned.elements as u64 + scalars, "{what}");
+                    assert_eq!(sent.sent_bytes, planned.bytes.0 + scalars, "{what}");
                     if accum == 1 {
                         let psi = numel(&model, n).0 as f64;
                         let expected = paper * psi * (n - 1) as f64 / n as f64;
-                        assert!((sent as f64 - expected).abs() <= 0.02 * expected, "{sent} for {expected}");
+                        assert!((sent.sent_numel as f64 - expected).abs() <= 0.02 * expected, "{what}");
                     }
                 }
             }

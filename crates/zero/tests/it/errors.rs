@@ -128,7 +128,9 @@ fn what_a_failed_collective_took_is_an_error() {
             model().run(2, &options, |zero| {
                 train_step(zero, 0, 1, &unchanged);
                 (0..2).for_each(|unit| drop(zero.compute_bytes(unit).unwrap())); // nothing is under way
-                zero.exchange(&[1.0]).unwrap();
+                // Rank 1 may give up while rank 0 still wakes from this.
+                let met = zero.exchange(&[1.0]);
+                assert!(met.is_ok() || zero.group().group_rank() == 0);
                 if zero.group().group_rank() == 1 {
                     return zero.group().poison("it rains");
                 }

@@ -178,7 +178,8 @@ pub struct Trace {
 pub fn trace(zero: &mut Zero, steps: &[usize], accum: usize, change: &dyn Fn(usize, &mut Vec<f32>)) -> Trace {
     let reports: Vec<_> = steps.iter().map(|&step| train_step(zero, step, accum, change)).collect();
     let weights = weights(zero);
-    let copies = (0..zero.layouts().len()).map(|unit| zero.compute_bytes(unit).unwrap()).collect();
+    let num_units = zero.layouts().len();
+    let copies = (0..num_units).map(|unit| zero.compute_bytes(unit).unwrap()).collect();
     Trace {
         norms: reports.iter().map(|report| report.grad_norm.to_bits()).collect(),
         outcomes: reports.iter().map(|report| report.outcome).collect(),

@@ -129,8 +129,9 @@ fn below_stage_3_a_gather_is_free_and_stays_in_place() {
                 play(zero, &[Call::Release(0), Call::Step, Call::Prefetch(1)]);
                 let again: Vec<_> = (0..NUM_UNITS).map(|unit| zero.gather(unit).unwrap()).collect();
                 assert_eq!(at, again, "stage {stage}");
-                let used =
-                    gathers(zero, |zero| (0..NUM_UNITS).for_each(|unit| drop(zero.gather(unit).unwrap())));
+                let used = gathers(zero, |zero| {
+                    (0..NUM_UNITS).for_each(|unit| assert_eq!(zero.gather(unit).unwrap(), at[unit]))
+                });
                 assert_eq!(used, 0);
             });
         }
