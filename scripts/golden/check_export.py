@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-# Two fp32 programs that add the same products in another order, at logits of about 10.
+# Two fp32 programs that add the same products in another order, at logits of about 4.
 TOLERANCE = 1e-4
 
 ap = argparse.ArgumentParser()

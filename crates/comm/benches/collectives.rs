@@ -1,9 +1,12 @@
 //! Milliseconds a call between two processes of this host, one thread each.
 //!
-//! `cargo bench -p shardwise-comm` runs every row; words after `--` choose the rows whose operation contains one of them, `repeat=N` changes
-//! how often each size is measured, `numel=N` leaves out smaller buffers, and `slot_kib=N` changes the pieces that calls go in. The first rows have the sizes and shapes of the usual gloo benchmark (a full buffer of so
-//! many elements, a shard of half), the others those of a training step: 16-bit gradients reduced into 32-bit shards, 16-bit parameters
-//! gathered in place. Shown is the median over rounds, the best round, and the full buffer's bytes by the median time.
+//! `cargo bench -p shardwise-comm` runs every row; words after `--` choose the rows whose operation contains
+//! one of them, `repeat=N` changes how often each size is measured, `numel=N` leaves out smaller buffers,
+//! `slot_kib=N` changes the pieces that calls go in, and `pin=1` gives each rank a core of its own, where
+//! ranks that compute are, too. The first rows have the sizes and shapes of the usual gloo benchmark (a full
+//! buffer of so many elements, a shard of half), the others those of a training step: 16-bit gradients
+//! reduced into 32-bit shards, 16-bit parameters gathered in place. Shown is the median over rounds, the best
+//! round, and the full buffer's bytes by the median time.
 
 use std::process::Command;
 use std::time::Instant;
@@ -76,7 +79,9 @@ impl Bench {
             "all_gather" => group.all_gather(self.shard.view(), full.view_mut()),
             "all_gather_in_place" => group.all_gather_in_place(full.view_mut()),
             "reduce_scatter" => group.reduce_scatter(&[Part::Data(full.view())], self.shard.view_mut()),
-            "reduce_scatter_to_f32" => group.reduce_scatter(&[Part::Data(full.view())], self.shard_f32.view_mut()),
+            "reduce_scatter_to_f32" => {
+                group.reduce_scatter(&[Part::Data(full.view())], self.shard_f32.view_mut())
+            }
             "all_to_all" => group.all_to_all(full.view(), self.other.view_mut()),
             "broadcast" => group.broadcast(full.view_mut(), 0),
             "send_recv" if group.group_rank() == 0 => group.send(full.view(), 1),
@@ -90,7 +95,10 @@ impl Bench {
 fn run(group: &Group, chosen: &[String], min_numel: usize, num_rounds: usize) {
     let is_first = group.group_rank() == 0;
     if is_first {
-        println!("{:24}{:>6}{:>12}{:>12}{:>12}{:>9}", "operation", "type", "numel", "median ms", "best ms", "GB/s");
+        println!(
+            "{:24}{:>6}{:>12}{:>12}{:>12}{:>9}",
+            "operation", "type", "numel", "median ms", "best ms", "GB/s"
+        );
     }
     for row in rows() {
         let is_chosen = chosen.is_empty() || chosen.iter().any(|word| row.name.contains(word.as_str()));
@@ -140,10 +148,10 @@ fn main() {
         command.args(&words).args(["rank=1".to_owned(), format!("meet={meeting}")]);
         child = Some(command.spawn().expect("the second rank starts"));
     }
-    if std::env::var("PIN").is_ok() {
-        let mut set = rustix::thread::CpuSet::new();
-        set.set(rank);
-        rustix::thread::sched_setaffinity(None, &set).expect("pin");
+    if words.iter().any(|word| word == "pin=1") {
+        let mut own = rustix::thread::CpuSet::new();
+        own.set(rank);
+        rustix::thread::sched_setaffinity(None, &own).expect("there is a core for each rank");
     }
     let mut options = ShmOptions::new(rank, RANKS, format!("bench-{meeting}"));
     if let Some(kib) = value("slot_kib=") {

@@ -1,10 +1,12 @@
 //! The memory that ranks share: on the heap for threads, in a file without a name for processes.
 //!
-//! An [`Arena`] is an endless range of places; a piece of it is created by one rank and opened by others. New memory
-//! is zero, and all structures kept there are made so that zero is their initial state. The file comes from
-//! `memfd_create`: no name leads to it, so nothing is left when the last process is gone, however it went.
+//! An [`Arena`] is an endless range of places; a piece of it is created by one rank and opened by others. New
+//! memory is zero, and all structures kept there are made so that zero is their initial state. The file comes
+//! from `memfd_create`: no name leads to it, so nothing is left when the last process is gone, however it
+//! went.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,8 +41,14 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Arena {
-    /// Makes `num_bytes` zero bytes at `place`, which nobody has used before, and opens them.
-    pub(crate) fn create(&self, place: u64, num_bytes: usize) -> Result<Mapping, CommError> {
+    /// Makes `num_bytes` zero bytes at `place`, which nobody has used before, and opens them. `sparse` is a
+    /// range of whole pages that may never be used and takes no memory before.
+    pub(crate) fn create(
+        &self,
+        place: u64,
+        num_bytes: usize,
+        sparse: Range<usize>,
+    ) -> Result<Mapping, CommError> {
         let action = "allocate the ranks' shared memory";
         match self {
             Arena::Heap(pieces) => {
@@ -51,9 +59,15 @@ impl Arena {
                 Ok(Mapping { ptr: buffer.as_ptr(), num_bytes, heap: Some(buffer) })
             }
             Arena::File(file) => {
-                // Allocated now: a machine without memory says so here, not by a fault in the middle of a copy.
-                rustix::fs::fallocate(file, FallocateFlags::empty(), place, num_bytes as u64)
-                    .map_err(|errno| CommError::system(action, errno))?;
+                // Allocated now: a machine without memory says so here, not by a fault in the middle of a
+                // copy.
+                for range in [0..sparse.start, sparse.end..num_bytes] {
+                    let (start, len) = (place + range.start as u64, range.len() as u64);
+                    if len > 0 {
+                        rustix::fs::fallocate(file, FallocateFlags::empty(), start, len)
+                            .map_err(|errno| CommError::system(action, errno))?;
+                    }
+                }
                 self.open(place, num_bytes)
             }
         }
@@ -65,17 +79,25 @@ impl Arena {
         match self {
             Arena::Heap(pieces) => {
                 let pieces = pieces.lock().unwrap_or_else(PoisonError::into_inner);
-                let missing = || CommError::system(action, std::io::Error::from(std::io::ErrorKind::NotFound));
+                let missing =
+                    || CommError::system(action, std::io::Error::from(std::io::ErrorKind::NotFound));
                 let buffer = pieces.get(&place).filter(|buffer| buffer.num_bytes() == num_bytes);
                 let buffer = Arc::clone(buffer.ok_or_else(missing)?);
                 Ok(Mapping { ptr: buffer.as_ptr(), num_bytes, heap: Some(buffer) })
             }
             Arena::File(file) => {
                 let protection = ProtFlags::READ | ProtFlags::WRITE;
-                // SAFETY: a new mapping at an address of the system's choice touches no existing memory. The file is
-                // sealed against shrinking, so its pages stay.
+                // SAFETY: a new mapping at an address of the system's choice touches no existing memory. The
+                // file is sealed against shrinking, so its pages stay.
                 let ptr = unsafe {
-                    rustix::mm::mmap(std::ptr::null_mut(), num_bytes, protection, MapFlags::SHARED, file, place)
+                    rustix::mm::mmap(
+                        std::ptr::null_mut(),
+                        num_bytes,
+                        protection,
+                        MapFlags::SHARED,
+                        file,
+                        place,
+                    )
                 };
                 let ptr = ptr.map_err(|errno| CommError::system(action, errno))?;
                 let ptr = NonNull::new(ptr.cast()).expect("a mapping is never at address 0");

@@ -1,7 +1,8 @@
 //! The algorithms: what goes through the slots, phase by phase.
 //!
-//! A rank reads its own data where it lies and shows the peers only what they need. Large calls go piece by piece: while a piece is in
-//! the slots it is in the cache too, so that main memory sees each input once and each result once.
+//! A rank reads its own data where it lies and shows the peers only what they need. Large calls go piece by
+//! piece: while a piece is in the slots it is in the cache too, so that main memory sees each input once and
+//! each result once.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -17,7 +18,8 @@ use crate::segment::Segment;
 
 /// Results of at least so many bytes are written past the cache.
 const STREAMING_BYTES: usize = 4 << 20;
-/// Up to this size every rank reads everything of every rank, which needs one phase less than dividing the work.
+/// Up to this size every rank reads everything of every rank, which needs one phase less than dividing the
+/// work.
 const DIRECT_BYTES: usize = 16 << 10;
 
 fn store_for(num_bytes: usize) -> Store {
@@ -43,7 +45,11 @@ unsafe fn view<'a>(ptr: *const u8, numel: usize, dtype: DType) -> Slice<'a> {
     unsafe { Slice::from_raw(ptr, numel, dtype, Place::Cpu) }
 }
 
-pub(crate) fn all_gather(x: &mut Exchange<'_>, shard: Option<Slice<'_>>, full: SliceMut<'_>) -> Result<(), CommError> {
+pub(crate) fn all_gather(
+    x: &mut Exchange<'_>,
+    shard: Option<Slice<'_>>,
+    full: SliceMut<'_>,
+) -> Result<(), CommError> {
     let (n, me) = (x.size(), x.me());
     let full = full.bytes();
     let shard_bytes = full.len() / n;
@@ -99,7 +105,11 @@ pub(crate) fn broadcast(x: &mut Exchange<'_>, buffer: SliceMut<'_>, root: usize)
     Ok(())
 }
 
-pub(crate) fn all_to_all(x: &mut Exchange<'_>, input: Slice<'_>, output: SliceMut<'_>) -> Result<(), CommError> {
+pub(crate) fn all_to_all(
+    x: &mut Exchange<'_>,
+    input: Slice<'_>,
+    output: SliceMut<'_>,
+) -> Result<(), CommError> {
     let (n, me) = (x.size(), x.me());
     let (input, output) = (input.bytes(), output.bytes());
     let piece_bytes = input.len() / n;
@@ -116,7 +126,14 @@ pub(crate) fn all_to_all(x: &mut Exchange<'_>, input: Slice<'_>, output: SliceMu
         for peer in x.peers() {
             let piece = &input[peer * piece_bytes..][range.clone()];
             // SAFETY: `n - 1` steps fit a slot, and the slot is this rank's to fill.
-            unsafe { copy_bytes(piece.as_ptr(), x.slot().add(index_for(me, peer) * step), piece.len(), Store::Cached) };
+            unsafe {
+                copy_bytes(
+                    piece.as_ptr(),
+                    x.slot().add(index_for(me, peer) * step),
+                    piece.len(),
+                    Store::Cached,
+                )
+            };
         }
         x.publish();
         x.wait()?;
@@ -230,8 +247,9 @@ fn all_reduce_direct(x: &mut Exchange<'_>, mut buffer: SliceMut<'_>) -> Result<(
 
 /// Every rank adds one piece and shows the sum.
 ///
-/// The slot holds `n - 1` pieces for the peers to add and, behind them, this rank's sum of the step before. So each phase does both
-/// halves: it hands out the pieces of step `i` and the sums of step `i - 1`, and the last phase hands out sums only.
+/// The slot holds `n - 1` pieces for the peers to add and, behind them, this rank's sum of the step before.
+/// So each phase does both halves: it hands out the pieces of step `i` and the sums of step `i - 1`, and the
+/// last phase hands out sums only.
 fn all_reduce_divided(x: &mut Exchange<'_>, mut buffer: SliceMut<'_>) -> Result<(), CommError> {
     let (n, me, dtype) = (x.size(), x.me(), buffer.dtype());
     let width = dtype.size_bytes();
@@ -260,7 +278,9 @@ fn all_reduce_divided(x: &mut Exchange<'_>, mut buffer: SliceMut<'_>) -> Result<
         if let Some(before) = &before {
             let sum = buffer.as_slice().range(piece_of(before, me)).bytes();
             // SAFETY: as above; the sum is the last piece of the slot.
-            unsafe { copy_bytes(sum.as_ptr(), x.slot().add((n - 1) * piece * width), sum.len(), Store::Cached) };
+            unsafe {
+                copy_bytes(sum.as_ptr(), x.slot().add((n - 1) * piece * width), sum.len(), Store::Cached)
+            };
         }
         x.publish();
         x.wait()?;

@@ -15,13 +15,15 @@ use crate::Operation;
 pub struct Call {
     /// The method.
     pub operation: Operation,
-    /// Which call it is: collectives are numbered in each group, messages between each sender and receiver, from 0.
+    /// Which call it is: collectives are numbered in each group, messages between each sender and receiver,
+    /// from 0.
     pub sequence: u64,
     /// Element type.
     pub dtype: DType,
     /// Elements of the buffer; of the shard in `reduce_scatter` and `all_gather`.
     pub numel: u64,
-    /// What else must agree: the root of a broadcast, the other end of a message, a digest of a new group's name and ranks.
+    /// What else must agree: the root of a broadcast, the other end of a message, a digest of a new group's
+    /// name and ranks.
     pub detail: u64,
 }
 
@@ -104,7 +106,9 @@ pub enum CommError {
         reason: String,
     },
     /// A buffer's length does not fit the call.
-    #[error("`{operation}` in group `{group}` of `{group_size}` ranks: {what} has `{got}` elements, expected `{expected}`")]
+    #[error(
+        "`{operation}` in group `{group}` of `{group_size}` ranks: {what} has `{got}` elements, expected `{expected}`"
+    )]
     WrongLength {
         /// The call.
         operation: Operation,
@@ -120,7 +124,9 @@ pub enum CommError {
         expected: usize,
     },
     /// A buffer must divide evenly between the ranks.
-    #[error("`{operation}` in group `{group}`: `{numel}` elements, expected a multiple of the group size `{group_size}`")]
+    #[error(
+        "`{operation}` in group `{group}`: `{numel}` elements, expected a multiple of the group size `{group_size}`"
+    )]
     NotDivisible {
         /// The call.
         operation: Operation,
@@ -158,7 +164,9 @@ pub enum CommError {
         rank: usize,
     },
     /// The ranks of a new group are not distinct ranks of its parent.
-    #[error("subgroup `{name}` of group `{group}`: ranks {ranks:?} are not distinct ranks of {parent_ranks:?}")]
+    #[error(
+        "subgroup `{name}` of group `{group}`: ranks {ranks:?} are not distinct ranks of {parent_ranks:?}"
+    )]
     BadSubgroup {
         /// The name asked for.
         name: String,
@@ -219,13 +227,17 @@ pub enum JoinProblem {
         waited_s: u64,
     },
     /// Two processes are the same rank.
-    #[error("two processes are rank `{rank}`, or another run meets at the same place (choose another MASTER_PORT)")]
+    #[error(
+        "two processes are rank `{rank}`, or another run meets at the same place (choose another MASTER_PORT)"
+    )]
     Duplicate {
         /// The rank.
         rank: usize,
     },
     /// Two ranks were started with different world sizes.
-    #[error("rank `{rank}` was started for `{world_size}` ranks, rank `{other_rank}` for `{other_world_size}`")]
+    #[error(
+        "rank `{rank}` was started for `{world_size}` ranks, rank `{other_rank}` for `{other_world_size}`"
+    )]
     WorldSize {
         /// One rank.
         rank: usize,
@@ -245,7 +257,9 @@ pub enum JoinProblem {
         world_size: usize,
     },
     /// Two ranks were started with different configurations.
-    #[error("ranks `{rank}` and `{other_rank}` were started with different configurations: `{fingerprint}` and `{other_fingerprint}`")]
+    #[error(
+        "ranks `{rank}` and `{other_rank}` were started with different configurations: `{fingerprint}` and `{other_fingerprint}`"
+    )]
     Fingerprint {
         /// One rank.
         rank: usize,

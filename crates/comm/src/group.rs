@@ -10,7 +10,8 @@ use crate::{CommError, Ledger};
 /// A shared handle on a process group.
 pub type Group = Arc<dyn ProcessGroup>;
 
-/// One piece of a reduction's input. The input is the concatenation of its parts, so callers need not flatten.
+/// One piece of a reduction's input. The input is the concatenation of its parts, so callers need not
+/// flatten.
 #[derive(Debug, Clone, Copy)]
 pub enum Part<'a> {
     /// These elements.
@@ -42,28 +43,30 @@ impl Part<'_> {
 pub struct Options {
     /// How long a rank waits for another inside one call before that rank counts as stalled.
     pub deadline: Duration,
-    /// Bytes that a rank shows to the others at a time. Larger calls go in pieces of this size, small enough to
-    /// stay in the processor's cache.
+    /// Bytes that each of two ranks shows to the other at a time. Larger calls go in pieces of this size,
+    /// small enough to stay in the processor's cache, large enough that few pieces have to be waited for. In
+    /// larger groups each rank shows less, so that the slots of a group together stay within four of these
+    /// (with at least 64 KiB a rank).
     pub slot_bytes: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { deadline: Duration::from_secs(300), slot_bytes: 256 << 10 }
+        Options { deadline: Duration::from_secs(300), slot_bytes: 1 << 20 }
     }
 }
 
 /// A rank's handle on a process group.
 ///
-/// One thread of the rank calls a group at a time, and every rank of the group makes the same calls in the same order (sends and
-/// receives: the same order for each pair). Different groups of a rank may be used at once from different threads. Methods
-/// return when this rank's buffers are done with. `root`, `to` and `from` count inside the group; [`ranks`](Self::ranks) and the
-/// ranks in errors count in the world.
+/// One thread of the rank calls a group at a time, and every rank of the group makes the same calls in the
+/// same order (sends and receives: the same order for each pair). Different groups of a rank may be used at
+/// once from different threads. Methods return when this rank's buffers are done with. `root`, `to` and
+/// `from` count inside the group; [`ranks`](Self::ranks) and the ranks in errors count in the world.
 ///
 /// # Errors
 /// All methods: the error of the world if it has one already; [`CommError::Mismatch`], [`CommError::Died`],
-/// [`CommError::Left`], [`CommError::Stalled`] or [`CommError::GaveUp`] naming the rank at fault. A call with arguments that
-/// cannot be right returns an error of its own, and this rank then counts as having given up.
+/// [`CommError::Left`], [`CommError::Stalled`] or [`CommError::GaveUp`] naming the rank at fault. A call with
+/// arguments that cannot be right returns an error of its own, and this rank then counts as having given up.
 pub trait ProcessGroup: Send + Sync {
     /// The name used in messages.
     fn name(&self) -> &str;
@@ -86,8 +89,8 @@ pub trait ProcessGroup: Send + Sync {
     /// Sums the ranks' inputs, in rank order in f32, and writes this rank's piece of the sum to `shard`.
     ///
     /// # Shapes
-    /// - `input`: together `group_size * shard` elements of f32, bf16 or f16. If a rank has only zeros, the type is the
-    ///   shard's, unless an empty `Data` part states it
+    /// - `input`: together `group_size * shard` elements of f32, bf16 or f16. If a rank has only zeros, the
+    ///   type is the shard's, unless an empty `Data` part states it
     /// - `shard`: of the input's type, or f32
     fn reduce_scatter(&self, input: &[Part<'_>], shard: SliceMut<'_>) -> Result<(), CommError>;
 
@@ -115,8 +118,8 @@ pub trait ProcessGroup: Send + Sync {
 
     /// Sends `buffer` to rank `to` of this group, which must call [`recv`](Self::recv).
     ///
-    /// Up to 128 KiB to one receiver are on their way without waiting for it; a caller whose ranks all send before they
-    /// receive must stay below.
+    /// Up to 512 KiB to one receiver are on their way without waiting for it; a caller whose ranks all send
+    /// before they receive must stay below.
     fn send(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError>;
 
     /// Receives what rank `from` of this group sends; length and type must agree.
@@ -125,7 +128,8 @@ pub trait ProcessGroup: Send + Sync {
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<(), CommError>;
 
-    /// A group of some of this group's ranks, given as ranks of the world, in the order they shall have there.
+    /// A group of some of this group's ranks, given as ranks of the world, in the order they shall have
+    /// there.
     ///
     /// # Collective
     /// Every rank of this group calls it, with the same arguments; those not in `ranks` get `None`.

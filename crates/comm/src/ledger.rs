@@ -78,9 +78,9 @@ pub struct LedgerEntry {
 
 /// What one rank sent in one group since the group was made.
 ///
-/// "Sent" is the volume that the operation demands of a rank in a group of `n`, whatever the back end really moves:
-/// `all_reduce` `2 (n-1)/n` of the buffer, `reduce_scatter` and `all_to_all` `(n-1)/n` of the input, `all_gather` `n-1`
-/// shards, `broadcast` `n-1` buffers at the root, `send` the buffer.
+/// "Sent" is the volume that the operation demands of a rank in a group of `n`, whatever the back end really
+/// moves: `all_reduce` `2 (n-1)/n` of the buffer, `reduce_scatter` and `all_to_all` `(n-1)/n` of the input,
+/// `all_gather` `n-1` shards, `broadcast` `n-1` buffers at the root, `send` the buffer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Ledger {
     entries: [LedgerEntry; Operation::ALL.len()],
@@ -119,7 +119,13 @@ impl Ledger {
         difference
     }
 
-    pub(crate) fn record(&mut self, operation: Operation, sent_numel: usize, element_bytes: usize, time: Duration) {
+    pub(crate) fn record(
+        &mut self,
+        operation: Operation,
+        sent_numel: usize,
+        element_bytes: usize,
+        time: Duration,
+    ) {
         let entry = &mut self.entries[operation as usize];
         entry.num_calls += 1;
         entry.sent_numel += sent_numel as u64;

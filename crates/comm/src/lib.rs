@@ -1,14 +1,16 @@
 //! Process groups and collectives on device buffers.
 //!
-//! A [`ProcessGroup`] is one rank's handle on a set of ranks that call the same operations in the same order. Two
-//! back ends share one implementation over "a piece of shared memory and a futex": [`thread`], ranks as threads
-//! of one process, for tests and for a single rank ([`solo`]), and [`shm`], ranks as processes of one host.
+//! A [`ProcessGroup`] is one rank's handle on a set of ranks that call the same operations in the same order.
+//! Two back ends share one implementation over "a piece of shared memory and a futex": [`thread`], ranks as
+//! threads of one process, for tests and for a single rank ([`solo`]), and [`shm`], ranks as processes of one
+//! host.
 //!
 //! What a group promises:
-//! - **Sums have one answer.** They add in rank order in f32 and round once, so a result depends on nothing but the
-//!   inputs: not on timing, on the back end or on how the data was cut.
-//! - **Nobody hangs.** Ranks that call different things, a rank that dies, leaves or is silent past the deadline: every other
-//!   rank gets an error that names it. After the first error all groups of that world return it at once.
+//! - **Sums have one answer.** They add in rank order in f32 and round once, so a result depends on nothing
+//!   but the inputs: not on timing, on the back end or on how the data was cut.
+//! - **Nobody hangs.** Ranks that call different things, a rank that dies, leaves or is silent past the
+//!   deadline: every other rank gets an error that names it. After the first error all groups of that world
+//!   return it at once.
 //! - **Traffic is counted** where it is caused: each group has a [`Ledger`].
 #![allow(unexpected_cfgs, reason = "`--cfg loom` selects the model checker's types, see tests/loom.rs")]
 

@@ -1,4 +1,5 @@
-//! A rank's handle on a group: checks arguments, opens each call with the others, waits with a deadline, keeps the ledger.
+//! A rank's handle on a group: checks arguments, opens each call with the others, waits with a deadline,
+//! keeps the ledger.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -104,24 +105,25 @@ impl Member {
         body: impl FnOnce(&mut Exchange<'_>) -> Result<T, CommError>,
     ) -> Result<T, CommError> {
         self.account(operation, dtype, sent_numel, |state| {
-            let call = Call { operation, sequence: state.num_collectives, dtype, numel: numel as u64, detail };
+            let call =
+                Call { operation, sequence: state.num_collectives, dtype, numel: numel as u64, detail };
             state.num_collectives += 1;
             body(&mut Exchange { member: self, phase: &mut state.phase, call, is_open: false })
         })
     }
 
-    /// Waits until `word` of member `peer` reaches `target`. `stuck` is asked now and then whether that can still happen.
+    /// Waits until `word` of member `peer` reaches `target`. `stuck` is asked now and then whether that can
+    /// still happen.
     pub(crate) fn wait_on(
         &self,
         word: &Word,
         target: u32,
         peer: usize,
         call: &Call,
-        is_open: bool,
         stuck: impl Fn() -> Option<CommError>,
     ) -> Result<(), CommError> {
         // The first sleep is short, so that what `stuck` finds is found soon.
-        let mut seen = word.wait(target, self.universe.spin(is_open), Duration::from_millis(2));
+        let mut seen = word.wait(target, self.universe.spin(), Duration::from_millis(2));
         if seen == Seen::Reached {
             return Ok(());
         }
@@ -147,7 +149,13 @@ impl Member {
             let left = deadline.saturating_sub(started.elapsed());
             if left.is_zero() {
                 let (rank, group) = (self.universe.culprit(rank), self.name.clone());
-                break Err(self.fail(CommError::Stalled { rank, waiting_rank, group, call: *call, waited: deadline }));
+                break Err(self.fail(CommError::Stalled {
+                    rank,
+                    waiting_rank,
+                    group,
+                    call: *call,
+                    waited: deadline,
+                }));
             }
             self.universe.note_waiting(rank);
             seen = word.wait(target, Duration::ZERO, left.min(SLICE));
@@ -208,7 +216,12 @@ impl Member {
     }
 
     /// `rank` must be in the group, and another than this one unless `or_self`.
-    pub(crate) fn check_rank(&self, operation: Operation, rank: usize, or_self: OrSelf) -> Result<(), CommError> {
+    pub(crate) fn check_rank(
+        &self,
+        operation: Operation,
+        rank: usize,
+        or_self: OrSelf,
+    ) -> Result<(), CommError> {
         if rank < self.size() && (rank != self.me || or_self == OrSelf::Yes) {
             return Ok(());
         }
@@ -370,9 +383,10 @@ impl Drop for Member {
 /// FNV-1a: enough to tell a different name or list by accident, not by design.
 fn digest(name: &str, ranks: &[usize]) -> u64 {
     let ranks = ranks.iter().flat_map(|rank| rank.to_le_bytes());
-    name.bytes().chain([0]).chain(ranks).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    name.bytes()
+        .chain([0])
+        .chain(ranks)
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// One collective in progress: this rank's slots to fill, the peers' to read, phase by phase.
@@ -412,18 +426,20 @@ impl Exchange<'_> {
     pub(crate) fn publish(&mut self) {
         let segment = &self.member.segment;
         if !self.is_open {
-            // SAFETY: the post of this phase's parity was last read two phases ago, and every peer has published since.
+            // SAFETY: the post of this phase's parity was last read two phases ago, and every peer has
+            // published since.
             unsafe { segment.post(self.me(), *self.phase).write(&self.call) };
         }
         segment.words()[self.me()].advance();
         *self.phase = word::next(*self.phase);
     }
 
-    /// Waits until all have published the phase; their slots may then be read until the next `publish`... of this rank.
+    /// Waits until all have published the phase; their slots may then be read until this rank publishes
+    /// again.
     pub(crate) fn wait(&mut self) -> Result<(), CommError> {
         let Member { segment, .. } = self.member;
         for peer in self.peers() {
-            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, self.is_open, || None)?;
+            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, || None)?;
         }
         if !self.is_open {
             self.is_open = true;
@@ -441,11 +457,12 @@ impl Exchange<'_> {
     fn compare_calls(&self) -> Result<(), CommError> {
         let Member { segment, ranks, name, .. } = self.member;
         let phase = self.phase.wrapping_sub(1);
-        // SAFETY: every member has published this phase, which begins a call, and cannot publish another of this parity before
-        // this rank has published the next.
+        // SAFETY: every member has published this phase, which begins a call, and cannot publish another of
+        // this parity before this rank has published the next.
         let posted = |member| unsafe { segment.post(member, phase).read() };
         let call = posted(0);
-        let Some((other, other_call)) = (1..ranks.len()).map(|i| (i, posted(i))).find(|(_, other)| *other != call)
+        let Some((other, other_call)) =
+            (1..ranks.len()).map(|i| (i, posted(i))).find(|(_, other)| *other != call)
         else {
             return Ok(());
         };

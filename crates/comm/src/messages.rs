@@ -1,11 +1,13 @@
 //! Messages between two ranks: a ring of two slots for each sender and receiver.
 //!
-//! The sender fills slot `k % 2` with chunk `k` once chunk `k - 2` is taken, so up to two chunks are on their way without the receiver.
-//! The first chunk of a message carries the sender's call, which the receiver compares with its own.
+//! The sender fills slot `k % 2` with chunk `k` once chunk `k - 2` is taken, so up to two chunks are on their
+//! way without the receiver. The first chunk of a message carries the sender's call, which the receiver
+//! compares with its own.
 //!
-//! Two ranks of which each waits for the other would sit there until the deadline. The commonest cases are recognised: a
-//! rank that waits here for a peer that itself waits, in this group, for this very rank, in a collective or in `recv`. As a
-//! rank does one thing at a time in a group, neither can ever go on, and both are named.
+//! Two ranks of which each waits for the other would sit there until the deadline. The commonest cases are
+//! recognised: a rank that waits here for a peer that itself waits, in this group, for this very rank, in a
+//! collective or in `recv`. As a rank does one thing at a time in a group, neither can ever go on, and both
+//! are named.
 
 use std::sync::atomic::Ordering;
 
@@ -37,14 +39,20 @@ impl Member {
             for range in chunks(buffer.num_bytes()) {
                 // Chunk `k` needs its slot back: `k - 2` taken, that is `k - 1` chunks.
                 let target = word::previous(*chunk);
-                self.wait_on(&channel.taken, target, to, &call, range.start > 0, || {
+                self.wait_on(&channel.taken, target, to, &call, || {
                     let blocked = || channel.taken.look(target) == Seen::Nothing;
                     self.waits_in_collective(to, phase, &call, blocked)
                 })?;
                 let bytes = &buffer.bytes()[range.clone()];
-                // SAFETY: the slot and its post are free, as the chunk before in them is taken; a chunk fits a slot.
+                // SAFETY: the slot and its post are free, as the chunk before in them is taken; a chunk fits
+                // a slot.
                 unsafe {
-                    copy_bytes(bytes.as_ptr(), self.segment.channel_slot(self.me, to, *chunk), bytes.len(), Store::Cached);
+                    copy_bytes(
+                        bytes.as_ptr(),
+                        self.segment.channel_slot(self.me, to, *chunk),
+                        bytes.len(),
+                        Store::Cached,
+                    );
                     if range.start == 0 {
                         channel.posts[(*chunk % 2) as usize].write(&call);
                     }
@@ -74,14 +82,14 @@ impl Member {
                     // SAFETY: the sender reads the post only while `awaited` is set.
                     unsafe { channel.wanted.write(&call) };
                     channel.awaited.store(*chunk + 1, Ordering::Release);
-                    self.wait_on(&channel.sent, target, from, &call, range.start > 0, || {
+                    self.wait_on(&channel.sent, target, from, &call, || {
                         let blocked = || channel.sent.look(target) == Seen::Nothing;
                         self.waits_in_collective(from, phase, &call, blocked)
                             .or_else(|| self.waits_for_message(from, sent_back, &call, blocked))
                     })?;
                     channel.awaited.store(0, Ordering::Release);
                 } else {
-                    self.wait_on(&channel.sent, target, from, &call, range.start > 0, || None)?;
+                    self.wait_on(&channel.sent, target, from, &call, || None)?;
                 }
                 if range.start == 0 {
                     // SAFETY: the chunk is published, and its post stays until it is taken.
@@ -116,7 +124,8 @@ impl Member {
         CommError::Mismatch { group: self.name.clone(), rank, call: *call, other_rank, other_call }
     }
 
-    /// Whether `peer` waits in a collective that this rank, at `phase`, has not come to, while this rank is still blocked.
+    /// Whether `peer` waits in a collective that this rank, at `phase`, has not come to, while this rank is
+    /// still blocked.
     fn waits_in_collective(
         &self,
         peer: usize,
@@ -132,7 +141,8 @@ impl Member {
         Some(self.mismatch(peer, other_call, call))
     }
 
-    /// Whether `peer` waits for a chunk from this rank, which has sent `sent_back` to it, while this rank is still blocked.
+    /// Whether `peer` waits for a chunk from this rank, which has sent `sent_back` to it, while this rank is
+    /// still blocked.
     fn waits_for_message(
         &self,
         peer: usize,

@@ -37,7 +37,8 @@ impl<'a> Parts<'a> {
         self.dtype
     }
 
-    /// Calls `visit` with the elements `range` in order, cut where parts end (and zeros now and then), each with its offset in `range`.
+    /// Calls `visit` with the elements `range` in order, cut where parts end (and zeros now and then), each
+    /// with its offset in `range`.
     pub(crate) fn for_each_run(&self, range: Range<usize>, mut visit: impl FnMut(usize, Slice<'a>)) {
         let mut at = range.start;
         let mut index = self.starts.partition_point(|&start| start <= at).saturating_sub(1);
@@ -66,7 +67,8 @@ impl<'a> Parts<'a> {
     fn zeros(&self, numel: usize) -> Slice<'a> {
         let place = shardwise_device::Place::Cpu;
         debug_assert!(numel * self.dtype.size_bytes() <= ZEROS.0.len());
-        // SAFETY: constant zero bytes, aligned for every type, at least so many; zero bytes are the number zero.
+        // SAFETY: constant zero bytes, aligned for every type, at least so many; zero bytes are the number
+        // zero.
         unsafe { Slice::from_raw(std::ptr::NonNull::from(&ZEROS.0).cast(), numel, self.dtype, place) }
     }
 }
@@ -78,11 +80,18 @@ mod tests {
     #[test]
     fn runs_cover_any_range() {
         let (a, b) = ([1f32, 2.0, 3.0], [4f32]);
-        let parts =
-            [Part::Zeros(0), Part::Data(Slice::of(&a)), Part::Zeros(2000), Part::Data(Slice::of(&b)), Part::Zeros(1)];
+        let parts = [
+            Part::Zeros(0),
+            Part::Data(Slice::of(&a)),
+            Part::Zeros(2000),
+            Part::Data(Slice::of(&b)),
+            Part::Zeros(1),
+        ];
         let flat: Vec<f32> = a.iter().copied().chain([0.0; 2000]).chain(b).chain([0.0]).collect();
         let parts = Parts::new(&parts, DType::F32);
-        for range in [0..0, 0..2005, 1..2, 2..5, 3..3, 5..1999, 1000..2005, 2003..2004, 2004..2005, 2005..2005] {
+        for range in
+            [0..0, 0..2005, 1..2, 2..5, 3..3, 5..1999, 1000..2005, 2003..2004, 2004..2005, 2005..2005]
+        {
             let mut seen = Vec::new();
             parts.for_each_run(range.clone(), |offset, run| {
                 assert_eq!(offset, seen.len());

@@ -1,7 +1,7 @@
 //! Collectives beside the computation: a thread that issues them in order.
 //!
-//! The queue's thread is the one thread that uses the group. A caller moves its buffers into a closure, goes on computing, and gets
-//! them back from the [`Work`] when it needs them:
+//! The queue's thread is the one thread that uses the group. A caller moves its buffers into a closure, goes
+//! on computing, and gets them back from the [`Work`] when it needs them:
 //!
 //! ```
 //! # use shardwise_comm::{CommQueue, Options};

@@ -21,7 +21,10 @@ use crate::word::Word;
 use crate::{Call, CommError, Operation};
 
 /// Bytes of one slot of a channel; a channel has two.
-pub(crate) const CHANNEL_SLOT_BYTES: usize = 64 << 10;
+pub(crate) const CHANNEL_SLOT_BYTES: usize = 256 << 10;
+
+/// A rank's slot does not shrink below this, however large the group.
+const SMALL_SLOT_BYTES: usize = 64 << 10;
 
 /// A call, in shared memory.
 #[repr(C, align(64))]
@@ -95,15 +98,25 @@ struct Layout {
 impl Layout {
     fn new(num_members: usize, slot_bytes: usize) -> Self {
         let n = num_members;
+        let share = (2 * slot_bytes / n).max(slot_bytes.min(SMALL_SLOT_BYTES)).max(64 * n);
         // A group of one has nobody to show anything to.
-        let (slot_bytes, pairs) = if n == 1 { (0, 0) } else { (whole_pages(slot_bytes.max(64 * n)), n * n) };
+        let (slot_bytes, pairs) = if n == 1 { (0, 0) } else { (whole_pages(share), n * n) };
         let posts_at = n * size_of::<Word>();
         let channels_at = (posts_at + 2 * n * size_of::<Post>()).next_multiple_of(align_of::<Channel>());
         let departures_at = channels_at + pairs * size_of::<Channel>();
         let channel_slots_at = whole_pages(departures_at + size_of::<AtomicU32>());
         let slots_at = channel_slots_at + 2 * pairs * CHANNEL_SLOT_BYTES;
         let num_bytes = slots_at + 2 * n * slot_bytes;
-        Layout { num_members, slot_bytes, posts_at, channels_at, departures_at, channel_slots_at, slots_at, num_bytes }
+        Layout {
+            num_members,
+            slot_bytes,
+            posts_at,
+            channels_at,
+            departures_at,
+            channel_slots_at,
+            slots_at,
+            num_bytes,
+        }
     }
 }
 
@@ -113,13 +126,23 @@ impl Segment {
         Layout::new(num_members, slot_bytes).num_bytes
     }
 
-    pub(crate) fn create(arena: &Arc<Arena>, place: u64, members: usize, slot_bytes: usize) -> Result<Self, CommError> {
+    pub(crate) fn create(
+        arena: &Arc<Arena>,
+        place: u64,
+        members: usize,
+        slot_bytes: usize,
+    ) -> Result<Self, CommError> {
         let layout = Layout::new(members, slot_bytes);
-        let mapping = arena.create(place, layout.num_bytes)?;
+        let mapping = arena.create(place, layout.num_bytes, layout.channel_slots_at..layout.slots_at)?;
         Ok(Segment { mapping, arena: Arc::clone(arena), place, layout })
     }
 
-    pub(crate) fn open(arena: &Arc<Arena>, place: u64, members: usize, slot_bytes: usize) -> Result<Self, CommError> {
+    pub(crate) fn open(
+        arena: &Arc<Arena>,
+        place: u64,
+        members: usize,
+        slot_bytes: usize,
+    ) -> Result<Self, CommError> {
         let layout = Layout::new(members, slot_bytes);
         let mapping = arena.open(place, layout.num_bytes)?;
         Ok(Segment { mapping, arena: Arc::clone(arena), place, layout })
@@ -156,7 +179,8 @@ impl Segment {
     pub(crate) fn channel(&self, from: usize, to: usize) -> &Channel {
         let n = self.layout.num_members;
         debug_assert!(from < n && to < n);
-        // SAFETY: there is a channel for each ordered pair, valid when zero, aligned, alive as long as `self`.
+        // SAFETY: there is a channel for each ordered pair, valid when zero, aligned, alive as long as
+        // `self`.
         unsafe { &*self.mapping.as_ptr().add(self.layout.channels_at).cast::<Channel>().add(from * n + to) }
     }
 
@@ -190,7 +214,8 @@ impl Segment {
             }
         }
         // SAFETY: a number between the channels and their slots, valid when zero, aligned.
-        let departures = unsafe { &*self.mapping.as_ptr().add(self.layout.departures_at).cast::<AtomicU32>() };
+        let departures =
+            unsafe { &*self.mapping.as_ptr().add(self.layout.departures_at).cast::<AtomicU32>() };
         if departures.fetch_add(1, Ordering::AcqRel) as usize + 1 == self.layout.num_members {
             self.arena.release(self.place, self.layout.num_bytes);
         }

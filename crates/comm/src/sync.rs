@@ -27,12 +27,10 @@ mod real {
 
         /// Sleeps while the number is `expected`, at most `timeout`. May return early.
         pub(crate) fn wait(&self, expected: u32, timeout: Duration) {
-            let timeout = futex::Timespec {
-                tv_sec: timeout.as_secs() as _,
-                tv_nsec: timeout.subsec_nanos() as _,
-            };
-            // Not `PRIVATE`: the waker may be another process. Any outcome (woken, changed, timed out, interrupted) makes the
-            // caller look again.
+            let timeout =
+                futex::Timespec { tv_sec: timeout.as_secs() as _, tv_nsec: timeout.subsec_nanos() as _ };
+            // Not `PRIVATE`: the waker may be another process. Any outcome (woken, changed, timed out,
+            // interrupted) makes the caller look again.
             let _ = futex::wait(&self.0, futex::Flags::empty(), expected, Some(&timeout));
         }
 

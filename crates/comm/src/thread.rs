@@ -20,8 +20,8 @@ pub fn world(size: usize, options: Options) -> Vec<Group> {
     let arena = Arc::new(Arena::Heap(Mutex::default()));
     Universe::found(&arena, size, options.slot_bytes).expect("memory for the ranks' slots");
     let enter = |rank| {
-        let (universe, segment) =
-            Universe::enter(Arc::clone(&arena), rank, size, options.clone()).expect("the world was just founded");
+        let (universe, segment) = Universe::enter(Arc::clone(&arena), rank, size, options.clone())
+            .expect("the world was just founded");
         let ranks = (0..size).collect();
         Arc::new(Member::new("world".to_owned(), ranks, rank, universe, segment, Arc::new(()))) as Group
     };
@@ -31,7 +31,8 @@ pub fn world(size: usize, options: Options) -> Vec<Group> {
 /// Runs `f` on `size` threads, each with its handle on a new world, and returns the results in rank order.
 ///
 /// # Panics
-/// If a thread panics: the first panic, once all threads have ended. The others do not hang: a panicking rank has given up.
+/// If a thread panics: the first panic, once all threads have ended. The others do not hang: a panicking rank
+/// has given up.
 pub fn run<T: Send>(size: usize, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
     run_with(size, Options::default(), f)
 }
@@ -49,7 +50,8 @@ pub fn run_with<T: Send>(size: usize, options: Options, f: impl Fn(Group) -> T +
                 catch_unwind(AssertUnwindSafe(|| f(Arc::clone(&group))))
                     .map_err(|payload| {
                         let reason = format!("its thread panicked: {}", panic_message(&*payload));
-                        // Noted before the others hear of it: the first in the list is the cause, not a consequence.
+                        // Noted before the others hear of it: the first in the list is the cause, not a
+                        // consequence.
                         panics.lock().unwrap_or_else(PoisonError::into_inner).push(payload);
                         group.poison(&reason);
                     })

@@ -1,8 +1,9 @@
 //! What all groups of one world share: who has given up and why, who waits for whom, who has left.
 //!
-//! An error is final: the first rank to fail writes a record into its own place and then claims the world's verdict by one
-//! compare-and-swap. From then on every call on every group of every rank returns that verdict. As a rank writes its record before it
-//! claims, a rank killed half-way leaves no half verdict behind.
+//! An error is final: the first rank to fail writes a record into its own place and then claims the world's
+//! verdict by one compare-and-swap. From then on every call on every group of every rank returns that
+//! verdict. As a rank writes its record before it claims, a rank killed half-way leaves no half verdict
+//! behind.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -13,9 +14,13 @@ use crate::arena::{Arena, Mapping, whole_pages};
 use crate::segment::{Segment, decode_call, encode_call};
 use crate::{CommError, Options};
 
-/// A sleeping rank looks around this often: for a verdict whose author does not know the group it sleeps in, and to show
-/// that it is alive and waits.
+/// A sleeping rank looks around this often: for a verdict whose author does not know the group it sleeps in,
+/// and to show that it is alive and waits.
 pub(crate) const SLICE: Duration = Duration::from_millis(100);
+
+/// How long a waiting rank looks before it sleeps. Waking a sleeper on another core costs about this much
+/// (several times as much on a virtual machine), so looking longer would cost more than it can save.
+const SPIN: Duration = Duration::from_micros(20);
 
 /// A waiting rank that has not looked around for so long is not waiting but stopped.
 const FRESH_MS: u64 = 1000;
@@ -36,7 +41,8 @@ struct Head {
 struct Seat {
     /// 1 once the rank has left the world in good order.
     departed: AtomicU32,
-    /// Whom the rank waits for: rank plus one, and the time it last looked around, in ms of the monotonic clock.
+    /// Whom the rank waits for: rank plus one, and the time it last looked around, in ms of the monotonic
+    /// clock.
     waiting: AtomicU64,
     /// Written once by this rank, read by all once it is the verdict.
     record: UnsafeCell<Record>,
@@ -71,7 +77,7 @@ pub(crate) struct Universe {
     rank: usize,
     world_size: usize,
     options: Options,
-    spin: (Duration, Duration),
+    spin: Duration,
     /// The groups this rank is in, to wake whoever waits there.
     segments: Mutex<Vec<Weak<Segment>>>,
     /// Held while this rank's record is written.
@@ -86,7 +92,7 @@ impl Universe {
     /// Makes the memory of a new world: its head, and the segment of the group of all ranks.
     pub(crate) fn found(arena: &Arc<Arena>, world_size: usize, slot_bytes: usize) -> Result<(), CommError> {
         let bytes = head_bytes(world_size);
-        let mapping = arena.create(0, bytes)?;
+        let mapping = arena.create(0, bytes, 0..0)?;
         Segment::create(arena, bytes as u64, world_size, slot_bytes)?;
         let next = bytes + whole_pages(Segment::num_bytes(world_size, slot_bytes));
         // SAFETY: the mapping begins with a `Head`, valid when zero.
@@ -105,8 +111,7 @@ impl Universe {
         let head = arena.open(0, head_bytes(world_size))?;
         // Spinning pays only while every rank can be on a core of its own.
         let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let us = |k: &str, d: u64| Duration::from_micros(std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d));
-        let spin = if world_size <= num_cores { (us("SPIN1", 20), us("SPIN2", 50)) } else { (Duration::ZERO, Duration::ZERO) };
+        let spin = if world_size <= num_cores { SPIN } else { Duration::ZERO };
         let slot_bytes = options.slot_bytes;
         let universe = Arc::new(Universe {
             arena,
@@ -132,8 +137,8 @@ impl Universe {
     }
 
     /// How long to look before going to sleep.
-    pub(crate) fn spin(&self, is_open: bool) -> Duration {
-        if is_open { self.spin.1 } else { self.spin.0 }
+    pub(crate) fn spin(&self) -> Duration {
+        self.spin
     }
 
     /// Makes the memory of a new group and says where it is.
@@ -158,13 +163,14 @@ impl Universe {
         }
     }
 
-    /// Makes `error` the world's verdict unless it has one, wakes whoever can be woken, and returns the verdict.
+    /// Makes `error` the world's verdict unless it has one, wakes whoever can be woken, and returns the
+    /// verdict.
     pub(crate) fn fail(&self, error: &CommError) -> CommError {
         let guard = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         let head = self.head();
         if head.verdict.load(Ordering::Acquire) == 0 {
-            // SAFETY: only this rank writes its record, `recording` admits one thread of it, and as long as there was no
-            // verdict it was never read. (If another rank's claim wins below, it never will be.)
+            // SAFETY: only this rank writes its record, `recording` admits one thread of it, and as long as
+            // there was no verdict it was never read. (If another rank's claim wins below, it never will be.)
             unsafe { *self.seat(self.rank).record.get() = encode(error, self.rank) };
             let author = self.rank as u32 + 1;
             let _ = head.verdict.compare_exchange(0, author, Ordering::AcqRel, Ordering::Acquire);
@@ -186,7 +192,8 @@ impl Universe {
         self.seat(self.rank).waiting.store(0, Ordering::Relaxed);
     }
 
-    /// Who is to blame if `rank` does not come: it, or the one at the end of the chain of those who wait for each other.
+    /// Who is to blame if `rank` does not come: it, or the one at the end of the chain of those who wait for
+    /// each other.
     pub(crate) fn culprit(&self, rank: usize) -> usize {
         let mut last = rank;
         for _ in 0..self.world_size {
@@ -241,7 +248,8 @@ fn now_ms() -> u64 {
 }
 
 fn put(text: &str, bytes: &mut [u8]) -> u32 {
-    let len = text.floor_char_boundary(bytes.len());
+    let limit = text.len().min(bytes.len());
+    let len = (0..=limit).rev().find(|&len| text.is_char_boundary(len)).expect("0 is a boundary");
     bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
     len as u32
 }

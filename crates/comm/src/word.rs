@@ -1,18 +1,20 @@
 //! The one synchronisation primitive: a counter that others wait on, with three flags in the same word.
 //!
-//! Each rank has a [`Word`] in each group; its count is the number of phases the rank has published. In phase `k` a rank fills its
-//! slot `k % 2`, publishes (count becomes `k + 1`), waits until every peer's count is at least `k + 1`, and reads the peers' slots:
+//! Each rank has a [`Word`] in each group; its count is the number of phases the rank has published. In phase
+//! `k` a rank fills its slot `k % 2`, publishes (count becomes `k + 1`), waits until every peer's count is at
+//! least `k + 1`, and reads the peers' slots:
 //!
 //! ```text
 //! rank 0   fill s0 │ publish 1 │ wait 1 │ read s0 , fill s1 │ publish 2 │ wait 2 │ read s1 , fill s0 ...
 //! rank 1      fill s0 │ publish 1 │ wait 1 │ read s0 , fill s1 │ publish 2 │ wait 2 │ ...
 //! ```
 //!
-//! Two slots are enough: a peer that published `k + 2` has finished reading phase `k`, because it reads a phase before it publishes the next
-//! but one, and nobody refills slot `k % 2` before he has seen `k + 2` of everyone.
+//! Two slots are enough: a rank reads phase `k` before it publishes phase `k + 1`, and refills slot `k % 2`
+//! for phase `k + 2` only when it has seen everyone's phase `k + 1`.
 //!
-//! The flags share the word with the count, so a waiter sees all that concerns it in one load and the kernel compares all of it before
-//! the waiter sleeps: no order between two variables has to be argued, and a wake-up cannot be lost.
+//! The flags share the word with the count, so a waiter sees all that concerns it in one load and the kernel
+//! compares all of it before the waiter sleeps: no order between two variables has to be argued, and a
+//! wake-up cannot be lost.
 
 #[cfg(loom)]
 use loom::sync::atomic::Ordering;
@@ -97,7 +99,8 @@ impl Word {
         }
         let before = self.futex.fetch_or(SLEEPERS, Ordering::AcqRel);
         match Self::judge(before, target) {
-            // Sleeps only while the word is still exactly this: no phase, no flag, no waking has come between.
+            // Sleeps only while the word is still exactly this: no phase, no flag, no waking has come
+            // between.
             Seen::Nothing => self.futex.wait(before | SLEEPERS, timeout),
             seen => return seen,
         }

@@ -2,9 +2,9 @@
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p shardwise-comm --release --test loom`
 //!
-//! The code under test is the real [`shardwise_comm::word::Word`]; only the atomic number and the kernel's futex are loom's. A slot that is
-//! read while it is written, or read before it is published, is a failure; so is a wake-up that gets lost, as sleeping has no timeout
-//! here and the model would never end.
+//! The code under test is the real [`shardwise_comm::word::Word`]; only the atomic number and the kernel's
+//! futex are loom's. A slot that is read while it is written, or read before it is published, is a failure;
+//! so is a wake-up that gets lost, as sleeping has no timeout here and the model would never end.
 #![allow(unexpected_cfgs, reason = "`--cfg loom` is given by hand")]
 #![cfg(loom)]
 
@@ -31,13 +31,13 @@ impl<const N: usize> World<N> {
     }
 
     /// One phase as in `Exchange`: fill, publish, wait for all, read all. `Err` says what was seen instead.
-    fn phase(&self, me: usize, phase: u32, num_spins: u32) -> Result<(), Seen> {
+    fn phase(&self, me: usize, phase: u32, spin: Duration) -> Result<(), Seen> {
         let parity = (phase % 2) as usize;
         self.slots[me][parity].with_mut(|slot| unsafe { *slot = 10 * phase + me as u32 });
         self.words[me].advance();
         for peer in (0..N).filter(|peer| *peer != me) {
             loop {
-                match self.words[peer].wait(next(phase), num_spins, LONG) {
+                match self.words[peer].wait(next(phase), spin, LONG) {
                     Seen::Reached => break,
                     Seen::Nothing => {}
                     seen => return Err(seen),
@@ -60,8 +60,9 @@ fn two_ranks_exchange_without_races_or_lost_wakeups() {
     model(3, || {
         let world = World::<2>::new();
         let other = Arc::clone(&world);
-        let peer = thread::spawn(move || (0..3).for_each(|phase| other.phase(1, phase, 0).unwrap()));
-        (0..3).for_each(|phase| world.phase(0, phase, 0).unwrap());
+        let peer =
+            thread::spawn(move || (0..3).for_each(|phase| other.phase(1, phase, Duration::ZERO).unwrap()));
+        (0..3).for_each(|phase| world.phase(0, phase, Duration::ZERO).unwrap());
         peer.join().unwrap();
     });
 }
@@ -71,8 +72,8 @@ fn a_look_before_sleeping_changes_nothing() {
     model(2, || {
         let world = World::<2>::new();
         let other = Arc::clone(&world);
-        let peer = thread::spawn(move || (0..2).for_each(|phase| other.phase(1, phase, 1).unwrap()));
-        (0..2).for_each(|phase| world.phase(0, phase, 1).unwrap());
+        let peer = thread::spawn(move || (0..2).for_each(|phase| other.phase(1, phase, LONG).unwrap()));
+        (0..2).for_each(|phase| world.phase(0, phase, LONG).unwrap());
         peer.join().unwrap();
     });
 }
@@ -83,9 +84,9 @@ fn three_ranks_exchange() {
         let world = World::<3>::new();
         let peers = [1, 2].map(|me| {
             let world = Arc::clone(&world);
-            thread::spawn(move || (0..2).for_each(|phase| world.phase(me, phase, 0).unwrap()))
+            thread::spawn(move || (0..2).for_each(|phase| world.phase(me, phase, Duration::ZERO).unwrap()))
         });
-        (0..2).for_each(|phase| world.phase(0, phase, 0).unwrap());
+        (0..2).for_each(|phase| world.phase(0, phase, Duration::ZERO).unwrap());
         peers.into_iter().for_each(|peer| peer.join().unwrap());
     });
 }
@@ -96,9 +97,9 @@ fn poison_wakes_everyone_whenever_it_comes() {
         let world = World::<2>::new();
         // Rank 1 comes to the first phase only; a third thread (a monitor) poisons at any time.
         let (peer, monitor) = (Arc::clone(&world), Arc::clone(&world));
-        let peer = thread::spawn(move || peer.phase(1, 0, 0));
+        let peer = thread::spawn(move || peer.phase(1, 0, Duration::ZERO));
         let monitor = thread::spawn(move || monitor.words.iter().for_each(Word::poison));
-        let seen = world.phase(0, 0, 0).and_then(|()| world.phase(0, 1, 0));
+        let seen = world.phase(0, 0, Duration::ZERO).and_then(|()| world.phase(0, 1, Duration::ZERO));
         assert_eq!(seen, Err(Seen::Poisoned));
         assert!(matches!(peer.join().unwrap(), Ok(()) | Err(Seen::Poisoned)));
         monitor.join().unwrap();
@@ -111,12 +112,12 @@ fn leaving_wakes_those_who_wait_and_hides_no_finished_phase() {
         let world = World::<2>::new();
         let peer = Arc::clone(&world);
         let peer = thread::spawn(move || {
-            let done = peer.phase(1, 0, 0);
+            let done = peer.phase(1, 0, Duration::ZERO);
             peer.words[1].leave();
             done
         });
-        assert_eq!(world.phase(0, 0, 0), Ok(()));
-        assert_eq!(world.phase(0, 1, 0), Err(Seen::Left));
+        assert_eq!(world.phase(0, 0, Duration::ZERO), Ok(()));
+        assert_eq!(world.phase(0, 1, Duration::ZERO), Err(Seen::Left));
         assert_eq!(peer.join().unwrap(), Ok(()));
     });
 }

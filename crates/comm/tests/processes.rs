@@ -1,6 +1,8 @@
 //! Ranks as real processes: joining, dying, stalling, and what is left behind.
 //!
-//! The test binary starts itself again for each rank: [`rank_process`] is no test of its own but what those processes run.
+//! The test binary starts itself again for each rank: [`rank_process`] is no test of its own but what those
+//! processes run.
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod common;
 
@@ -89,7 +91,12 @@ impl Drop for Rank {
     }
 }
 
-fn spawn_all<'a>(world_size: usize, meeting: &'a str, role: &'a str, change: impl Fn(&mut Start<'a>)) -> Vec<Rank> {
+fn spawn_all<'a>(
+    world_size: usize,
+    meeting: &'a str,
+    role: &'a str,
+    change: impl Fn(&mut Start<'a>),
+) -> Vec<Rank> {
     let spawn = |rank| {
         let mut start = Start::new(rank, world_size, meeting, role);
         change(&mut start);
@@ -204,7 +211,11 @@ fn end_one(role: &str, victim: usize, signal: Signal, deadline_ms: u64, limit: D
         if signal == Signal::STOP {
             assert!(text.starts_with(&format!("rank `{victim}` stalled: ")), "rank {rank}: {text}");
         } else {
-            assert_eq!(text, format!("rank `{victim}` died: its process `{pid}` ended without leaving"), "rank {rank}");
+            assert_eq!(
+                text,
+                format!("rank `{victim}` died: its process `{pid}` ended without leaving"),
+                "rank {rank}"
+            );
         }
         assert!(since.elapsed() < limit, "rank {rank} after {:?}", since.elapsed());
     }
@@ -213,9 +224,14 @@ fn end_one(role: &str, victim: usize, signal: Signal, deadline_ms: u64, limit: D
         ranks[victim].signal(Signal::CONT);
         assert!(ranks[victim].line("error").starts_with(&format!("rank `{victim}` stalled: ")));
     }
-    let named = |path: &str| std::fs::read_dir(path).map_or(0, |files| {
-        files.filter_map(Result::ok).filter(|file| file.file_name().to_string_lossy().contains("shardwise")).count()
-    });
+    let named = |path: &str| {
+        std::fs::read_dir(path).map_or(0, |files| {
+            files
+                .filter_map(Result::ok)
+                .filter(|file| file.file_name().to_string_lossy().contains("shardwise"))
+                .count()
+        })
+    };
     assert_eq!((named("/dev/shm"), named("/tmp")), (0, 0));
     for (i, rank) in ranks.into_iter().enumerate() {
         if i != victim {
@@ -267,7 +283,8 @@ fn a_missing_rank_is_named() {
     let start = |rank| Start { join_ms: 1500, ..Start::new(rank, 4, &meeting, "program") }.spawn();
     let errors = join_errors([0, 1, 3].map(start).into());
     for (rank, error) in [0, 1, 3].iter().zip(&errors) {
-        let expected = format!("rank `{rank}` cannot join at `{meeting}`: ranks [2] of `4` did not come within `1` s");
+        let expected =
+            format!("rank `{rank}` cannot join at `{meeting}`: ranks [2] of `4` did not come within `1` s");
         assert_eq!(*error, expected);
     }
     let errors = join_errors([1, 2].map(start).into());

@@ -41,25 +41,30 @@ fn main() {
     let x = leaf(&[batch, seq, hidden]);
     let width = leaf(&[hidden]);
     time("rms_norm", &[&x, &width], || ops::rms_norm(&x, &width, 1e-5).expect("shapes fit"));
-    for (name, out, input) in [("linear d -> d", hidden, hidden), ("linear d -> f", mlp, hidden), ("linear f -> d", hidden, mlp)] {
+    for (name, out, input) in
+        [("linear d -> d", hidden, hidden), ("linear d -> f", mlp, hidden), ("linear f -> d", hidden, mlp)]
+    {
         let (x, w) = (leaf(&[batch, seq, input]), leaf(&[out, input]));
         time(name, &[&x, &w], || ops::linear(&x, &w, None).expect("shapes fit"));
     }
     let head_dim = hidden / heads;
     let rotary = ops::Rotary { head_dim: head_dim as usize, theta: 1e4, scaling: None::<RopeScaling> };
     let table = rotary.table(seq as usize).expect("a table fits");
-    let q = leaf(&[batch, seq, heads, head_dim]).transpose(1, 2).detach().set_requires_grad(true);
+    let q = leaf(&[batch, seq, heads, head_dim]);
     let (k, v) = (q.detach().set_requires_grad(true), q.detach().set_requires_grad(true));
     time("rotary", &[&q], || table.rotate(&q).expect("shapes fit"));
     time("causal_attention", &[&q, &k, &v], || ops::causal_attention(&q, &k, &v).expect("shapes fit"));
+    time("  plain", &[&q, &k, &v], || ops::causal_attention_plain(&q, &k, &v).expect("shapes fit"));
     let (gate, up) = (leaf(&[batch, seq, mlp]), leaf(&[batch, seq, mlp]));
     time("swiglu", &[&gate, &up], || ops::swiglu(&gate, &up).expect("shapes fit"));
     let residual = leaf(&[batch, seq, hidden]);
     time("residual", &[&x, &residual], || &x + &residual);
     let w = leaf(&[vocab, hidden]);
-    time("head linear", &[&x, &w], || ops::linear(&x, &w, None).expect("shapes fit"));
-    let (logits, target) = (leaf(&[batch, seq, vocab]), Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu)));
-    time("cross_entropy", &[&logits], || ops::cross_entropy(&logits, &target).expect("shapes fit"));
+    let target = Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu));
+    time("head with loss", &[&x, &w], || ops::linear_cross_entropy(&x, &w, &target).expect("shapes fit"));
+    time("head with loss, plain", &[&x, &w], || {
+        ops::linear_cross_entropy_plain(&x, &w, &target).expect("shapes fit")
+    });
     let tokens = Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu));
     time("embedding", &[&w], || Tensor::embedding(&w, &tokens, -1, false, false));
 }

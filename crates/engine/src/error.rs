@@ -1,5 +1,6 @@
 //! What can go wrong while training.
 
+use shardwise_kernels::cross_entropy::TargetOutOfRange;
 use shardwise_torch::TorchError;
 use shardwise_torch::tch::TchError;
 use shardwise_zero::ZeroError;
@@ -14,6 +15,9 @@ pub enum EngineError {
     /// An operation of libtorch.
     #[error(transparent)]
     Torch(#[from] TorchError),
+    /// A target that is no class.
+    #[error(transparent)]
+    Target(#[from] TargetOutOfRange),
     /// A layer failed.
     #[error("layer `{layer}`, {pass}")]
     Layer {

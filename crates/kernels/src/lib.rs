@@ -11,12 +11,18 @@ pub mod adamw;
 pub mod add;
 pub mod attention;
 pub mod cast;
+pub mod cross_entropy;
 pub mod norm;
 pub mod philox;
 pub mod reduce;
+pub mod rms_norm;
+pub mod rotary;
+pub mod swiglu;
 
 mod isa;
 mod parallel;
+mod rows;
 mod simd;
 
 pub use parallel::Threads;
+pub use simd::Float;

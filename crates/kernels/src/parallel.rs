@@ -43,7 +43,7 @@ impl From<NonZeroUsize> for Threads {
 /// Work on a number of elements that can be cut in two.
 pub(crate) trait Split: Send + Sized {
     fn numel(&self) -> usize;
-    /// The first `at` elements, and the rest. `at` is a multiple of [`PIECE_NUMEL`].
+    /// The first `at` elements, and the rest. `at` is a multiple of the piece's, [`PIECE_NUMEL`] mostly.
     fn split_at(self, at: usize) -> (Self, Self);
 }
 
@@ -78,13 +78,23 @@ impl<A: Split, B: Split> Split for (A, B) {
 
 /// Calls `run` on all of `work`, in one go on one thread, or piece by piece on several.
 pub(crate) fn for_each_piece<W: Split>(threads: Threads, work: W, run: impl Fn(W) + Sync) {
-    let num_helpers = threads.get().min(work.numel().div_ceil(PIECE_NUMEL)).saturating_sub(1);
+    for_each_piece_of(PIECE_NUMEL, threads, work, run);
+}
+
+/// [`for_each_piece`] with pieces of another size: where the elements of `work` are rows of a matrix, say.
+pub(crate) fn for_each_piece_of<W: Split>(
+    piece_numel: usize,
+    threads: Threads,
+    work: W,
+    run: impl Fn(W) + Sync,
+) {
+    let num_helpers = threads.get().min(work.numel().div_ceil(piece_numel)).saturating_sub(1);
     if num_helpers == 0 {
         return run(work);
     }
     let queue = Mutex::new(Some(work));
     let drain = || {
-        while let Some(piece) = next_piece(&queue) {
+        while let Some(piece) = next_piece(piece_numel, &queue) {
             run(piece);
         }
     };
@@ -99,14 +109,14 @@ pub(crate) fn for_each_piece<W: Split>(threads: Threads, work: W, run: impl Fn(W
     });
 }
 
-fn next_piece<W: Split>(queue: &Mutex<Option<W>>) -> Option<W> {
+fn next_piece<W: Split>(piece_numel: usize, queue: &Mutex<Option<W>>) -> Option<W> {
     // Nothing that can fail halfway happens under the lock, so a panic elsewhere leaves the queue whole.
     let mut rest = queue.lock().unwrap_or_else(PoisonError::into_inner);
     let work = rest.take()?;
-    if work.numel() <= PIECE_NUMEL {
+    if work.numel() <= piece_numel {
         return Some(work);
     }
-    let (piece, others) = work.split_at(PIECE_NUMEL);
+    let (piece, others) = work.split_at(piece_numel);
     *rest = Some(others);
     Some(piece)
 }

@@ -192,7 +192,7 @@ fn box_muller(x0: u32, x1: u32) -> (f64, f64) {
 
 /// Natural logarithm of a normal positive number, to 1e-12 relative.
 #[inline(always)]
-fn ln(x: f64) -> f64 {
+pub(crate) fn ln(x: f64) -> f64 {
     let bits = x.to_bits();
     // x = mantissa * 2^exponent with the mantissa in [1, 2), then in [sqrt(1/2), sqrt(2)].
     let mantissa = f64::from_bits(bits & 0x000f_ffff_ffff_ffff | 0x3ff0_0000_0000_0000);

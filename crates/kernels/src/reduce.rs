@@ -1,12 +1,13 @@
 //! Sums of several ranks' numbers, and copies that keep out of the cache.
 //!
-//! A collective adds the same elements of several ranks. [`sum_in_order`] does it in one pass: widen each term to
-//! f32, add term 0 + term 1 + ... , and round once if the result is 16 bits wide. The order of the terms is the
-//! order of the additions and each element is added alone, so the result does not depend on how a caller cuts
-//! the data into pieces, nor on the instruction set: the vector paths give the bits of the plain one.
+//! A collective adds the same elements of several ranks. [`sum_in_order`] does it in one pass: widen each
+//! term to f32, add term 0 + term 1 + ... , and round once if the result is 16 bits wide. The order of the
+//! terms is the order of the additions and each element is added alone, so the result does not depend on how
+//! a caller cuts the data into pieces, nor on the instruction set: the vector paths give the bits of the
+//! plain one.
 //!
-//! [`Store::Streaming`] writes past the cache. It saves the read of a line that is about to be overwritten whole,
-//! which for results larger than the cache is a third of the memory traffic of a copy.
+//! [`Store::Streaming`] writes past the cache. It saves the read of a line that is about to be overwritten
+//! whole, which for results larger than the cache is a third of the memory traffic of a copy.
 
 use half::{bf16, f16};
 use shardwise_device::{DType, Element, Slice, SliceMut};
@@ -64,9 +65,10 @@ pub fn sum_in_order(terms: &[Term<'_>], mut out: SliceMut<'_>, store: Store) {
     }
     let pointers = &*pointers;
     let dtype = dtype.expect("a sum has at least one term");
-    // SAFETY: each pointer is valid for reads of `numel` elements of `dtype` and `target` for writes of `numel` of
-    // its own type. A term lies apart from `out` (the views' contract), or is `out` itself with the same type:
-    // then each element is read before it is written, as all paths load all terms of a position first.
+    // SAFETY: each pointer is valid for reads of `numel` elements of `dtype` and `target` for writes of
+    // `numel` of its own type. A term lies apart from `out` (the views' contract), or is `out` itself with
+    // the same type: then each element is read before it is written, as all paths load all terms of a
+    // position first.
     unsafe {
         match (dtype, out.dtype()) {
             (DType::F32, DType::F32) => sum::<f32, f32>(pointers, target.cast(), numel, store),
@@ -149,7 +151,8 @@ impl Number for f16 {
 /// The reference: one element after the other.
 ///
 /// # Safety
-/// Each of `terms` points to `numel` readable `I`, `out` to `numel` writable `O`, apart or equal with `I = O`.
+/// Each of `terms` points to `numel` readable `I`, `out` to `numel` writable `O`, apart or equal with `I =
+/// O`.
 unsafe fn sum_plain<I: Number, O: Number>(terms: &[*const u8], out: *mut O, range: std::ops::Range<usize>) {
     for i in range {
         // SAFETY: `i` is inside the range the caller vouches for.
@@ -201,7 +204,12 @@ mod tests {
     }
 
     /// The plain path's bits and the bits of whatever path this machine takes.
-    fn both<I: Number, O: Number>(rows: &[Vec<I>], skip: usize, numel: usize, store: Store) -> (Vec<O>, Vec<O>) {
+    fn both<I: Number, O: Number>(
+        rows: &[Vec<I>],
+        skip: usize,
+        numel: usize,
+        store: Store,
+    ) -> (Vec<O>, Vec<O>) {
         let mut plain = vec![O::round(7.0); numel];
         let mut fast = vec![O::round(7.0); numel + 64];
         let views: Vec<_> = rows.iter().map(|row| Slice::of(&row[skip..skip + numel])).collect();

@@ -49,11 +49,10 @@ impl Block {
         let (b, t, d) = x_btd.size3()?;
         let heads = self.config.n_head as i64;
         let qkv = conv1d(params, "attn.c_attn", x_btd)?.f_split(d, 2)?;
-        let split = |x: &Tensor| -> Result<Tensor, EngineError> {
-            Ok(x.f_reshape([b, t, heads, d / heads])?.f_transpose(1, 2)?)
-        };
-        let out = ops::causal_attention(&split(&qkv[0])?, &split(&qkv[1])?, &split(&qkv[2])?)?;
-        conv1d(params, "attn.c_proj", &out.f_transpose(1, 2)?.f_reshape([b, t, d])?)
+        let split =
+            |x: &Tensor| -> Result<Tensor, EngineError> { Ok(x.f_reshape([b, t, heads, d / heads])?) };
+        let out_bthe = ops::causal_attention(&split(&qkv[0])?, &split(&qkv[1])?, &split(&qkv[2])?)?;
+        conv1d(params, "attn.c_proj", &out_bthe.f_reshape([b, t, d])?)
     }
 
     fn norm(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {

@@ -39,10 +39,10 @@ impl Layer for LmHead {
                 ops::layer_norm(input, weight, params.get(&format!("{}.bias", self.norm_key))?, eps)?
             }
         };
-        let logits = ops::linear(&x, params.get("weight")?, None)?;
+        let weight = params.get("weight")?;
         match context.target {
-            Some(target) => ops::cross_entropy(&logits, target),
-            None => Ok(logits),
+            Some(target) => ops::linear_cross_entropy(&x, weight, target),
+            None => ops::linear(&x, weight, None),
         }
     }
 }

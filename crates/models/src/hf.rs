@@ -92,15 +92,29 @@ pub fn save_hf(engine: &mut Engine, dir: &Path, config: &Value) -> Result<(), Mo
     })?;
     if let Some(writer) = writer {
         let path = dir.join("config.json");
-        let mut config = config.clone();
-        if let Some(object) = config.as_object_mut() {
-            // Newer files say `dtype`, older ones `torch_dtype`.
-            let key = if object.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            object.insert(key.into(), "float32".into());
-        }
-        let text = format!("{config:#}\n");
+        let text = format!("{:#}\n", describe_saved(config));
         std::fs::write(&path, text).map_err(|source| ModelError::Write { path, source })?;
         writer.finish()?;
     }
     Ok(())
+}
+
+/// `config`, with what the saved weights have changed: their type, and that they are a whole language model even if the
+/// folder they came from held a bare decoder, or a run file described them.
+fn describe_saved(config: &Value) -> Value {
+    let mut config = config.clone();
+    let Some(object) = config.as_object_mut() else { return config };
+    // Newer files say `dtype`, older ones `torch_dtype`.
+    for key in ["dtype", "torch_dtype"] {
+        if object.contains_key(key) || key == "torch_dtype" && !object.contains_key("dtype") {
+            object.insert(key.into(), "float32".into());
+        }
+    }
+    let architecture = match object.get("model_type").and_then(Value::as_str) {
+        Some("llama") => "LlamaForCausalLM",
+        Some("gpt2") => "GPT2LMHeadModel",
+        _ => return config,
+    };
+    object.insert("architectures".into(), vec![architecture].into());
+    config
 }

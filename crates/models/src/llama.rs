@@ -56,18 +56,15 @@ impl Layer for Block {
 impl Block {
     fn attention(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
         let (b, t, _) = x_btd.size3()?;
-        let e = self.config.head_dim as i64;
-        let project = |name: &str| self.linear(params, &format!("self_attn.{name}"), x_btd);
-        let heads =
-            |x: Tensor| -> Result<Tensor, EngineError> { Ok(x.f_view([b, t, -1, e])?.f_transpose(1, 2)?) };
+        let heads = |name: &str| -> Result<Tensor, EngineError> {
+            let x = self.linear(params, &format!("self_attn.{name}"), x_btd)?;
+            Ok(x.f_view([b, t, -1, self.config.head_dim as i64])?)
+        };
         let table = self.table.lock().expect("nobody panics while holding the table");
-        let q_bhte = table.rotate(&heads(project("q_proj")?)?)?;
-        let k_bkte = table.rotate(&heads(project("k_proj")?)?)?;
+        let (q_bthe, k_btke) = (table.rotate(&heads("q_proj")?)?, table.rotate(&heads("k_proj")?)?);
         drop(table);
-        let v_bkte = heads(project("v_proj")?)?;
-        let out_bhte = ops::causal_attention(&q_bhte, &k_bkte, &v_bkte)?;
-        let out = out_bhte.f_transpose(1, 2)?.f_reshape([b, t, -1])?;
-        self.linear(params, "self_attn.o_proj", &out)
+        let out_bthe = ops::causal_attention(&q_bthe, &k_btke, &heads("v_proj")?)?;
+        self.linear(params, "self_attn.o_proj", &out_bthe.f_view([b, t, -1])?)
     }
 
     fn mlp(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {

@@ -1,11 +1,15 @@
 //! How a rank fails: a message, a hint, an exit code, and whether another rank failed first.
 
 use std::any::Any;
+use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
-use shardwise_comm::CommError;
+use shardwise_comm::{CommError, JoinProblem};
+use shardwise_engine::EngineError;
+use shardwise_models::ModelError;
 use shardwise_monitor::{ErrorEvent, Event};
+use shardwise_zero::ZeroError;
 
 use crate::launch::events;
 
@@ -36,22 +40,21 @@ impl Failure {
         Failure { error: error.into(), hint: None, kind: Kind::Usage }
     }
 
-    /// A panic that was caught. Where it happened, it has said on standard error.
-    pub fn panicked(panic: &(dyn Any + Send)) -> Self {
+    /// A panic that was caught, at `place` of the sources.
+    pub fn panicked(panic: &(dyn Any + Send), place: &str) -> Self {
         let text = panic.downcast_ref::<&str>().copied().map(str::to_owned);
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        let hint = "a panic is a bug of ours: the rank's log says where";
-        Failure { error: anyhow::anyhow!("panicked: {text}"), hint: Some(hint.into()), kind: Kind::Training }
+        let hint = "a panic is a bug of ours: please report it with the rank's log";
+        Failure {
+            error: anyhow::anyhow!("panicked at {place}: {text}"),
+            hint: Some(hint.into()),
+            kind: Kind::Training,
+        }
     }
 
     /// Says what happened, to the supervisor and on standard error.
     pub fn report(self) -> ExitCode {
-        let secondary = self.error.chain().any(|cause| {
-            matches!(
-                cause.downcast_ref::<CommError>(),
-                Some(CommError::Died { .. } | CommError::GaveUp { .. } | CommError::Left { .. })
-            )
-        });
+        let secondary = self.error.chain().filter_map(comm_error).any(is_secondary);
         let message = format!("{:#}", self.error);
         // Configuration errors come with their own prefix and hints.
         let prefix = if message.starts_with("error: ") { "" } else { "error: " };
@@ -66,8 +69,62 @@ impl Failure {
     }
 }
 
+/// The failure between ranks that `error` is, if it is one. Transparent errors leave themselves out of the chain of causes, so what they
+/// hold is taken out by type.
+fn comm_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CommError> {
+    if let Some(ModelError::Engine(inner)) = error.downcast_ref() {
+        comm_error(inner)
+    } else if let Some(EngineError::Zero(inner)) = error.downcast_ref() {
+        comm_error(inner)
+    } else if let Some(ZeroError::Comm(inner)) = error.downcast_ref() {
+        Some(inner)
+    } else {
+        error.downcast_ref()
+    }
+}
+
+/// Whether a rank that sees this error is one that another rank has let down.
+fn is_secondary(error: &CommError) -> bool {
+    use CommError::{Died, GaveUp, Join, Left, Stalled};
+    match error {
+        Died { .. } | GaveUp { .. } | Left { .. } | Stalled { .. } => true,
+        Join { problem, .. } => {
+            matches!(problem, JoinProblem::Missing { .. } | JoinProblem::BrokeOff { .. })
+        }
+        _ => false,
+    }
+}
+
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Failure { error: error.into(), hint: None, kind: Kind::Training }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_blamed_on_another(error: impl Into<anyhow::Error>) -> bool {
+        error.into().chain().filter_map(comm_error).any(is_secondary)
+    }
+
+    #[test]
+    fn a_peers_failure_is_known_through_every_wrapper() {
+        let died = || CommError::Died { rank: 1, detail: "its process ended".into() };
+        assert!(is_blamed_on_another(died()));
+        assert!(is_blamed_on_another(ZeroError::from(died())));
+        assert!(is_blamed_on_another(EngineError::from(ZeroError::from(died()))));
+        assert!(is_blamed_on_another(ModelError::from(EngineError::from(ZeroError::from(died())))));
+        assert!(is_blamed_on_another(anyhow::Error::from(died()).context("while saving")));
+    }
+
+    #[test]
+    fn an_own_failure_is_not() {
+        let refused = |problem| CommError::Join { rank: 0, rendezvous: "here".into(), problem };
+        assert!(!is_blamed_on_another(refused(JoinProblem::Duplicate { rank: 0 })));
+        assert!(is_blamed_on_another(refused(JoinProblem::BrokeOff { rank: 1 })));
+        assert!(!is_blamed_on_another(EngineError::NoLayers));
+        assert!(!is_blamed_on_another(std::io::Error::other("disk full")));
     }
 }

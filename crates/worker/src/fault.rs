@@ -106,7 +106,8 @@ impl FromStr for Fault {
                 "delay_us" => &mut delay_us,
                 other => return Err(format!("unknown key `{other}`")),
             };
-            let number: u64 = value.parse().map_err(|_| format!("`{key}` is `{value}`, expected a whole number"))?;
+            let number: u64 =
+                value.parse().map_err(|_| format!("`{key}` is `{value}`, expected a whole number"))?;
             if number == 0 && matches!(key, "step" | "after") {
                 return Err(format!("`{key}` counts from 1"));
             }

@@ -71,7 +71,10 @@ fn fault(world_size: usize) -> Result<Option<Fault>, Failure> {
     let text = text.to_string_lossy();
     let refuse = |problem: String| {
         let message = format!("environment variable `SHARDWISE_FAULT` is `{text}`: {problem}");
-        Failure::usage(message, "it makes a rank fail on purpose, as in `kill:rank=1,step=3,phase=backward`; unset it to train")
+        Failure::usage(
+            message,
+            "it makes a rank fail on purpose, as in `kill:rank=1,step=3,phase=backward`; unset it to train",
+        )
     };
     let fault: Fault = text.parse().map_err(refuse)?;
     if fault.rank >= world_size {

@@ -8,6 +8,7 @@
 //!
 //! `shardwise-worker generate` samples from a trained model, on one rank.
 
+mod cores;
 mod data;
 mod failure;
 mod fault;
@@ -19,14 +20,16 @@ mod telemetry;
 mod train;
 
 use std::ffi::OsString;
-use std::panic::catch_unwind;
+use std::panic;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::failure::Failure;
 use crate::launch::Launch;
+use crate::train::End;
 
 /// One rank of a training run.
 #[derive(Debug, Parser)]
@@ -80,16 +83,37 @@ struct GenerateArgs {
     seed: u64,
 }
 
+/// As shells count a process that SIGTERM has ended.
+const STOPPED: u8 = 128 + signal_hook::consts::SIGTERM as u8;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // Unwinding, a rank leaves its groups and tells them so; then it tells the supervisor.
-    let outcome = catch_unwind(|| match (cli.command, cli.train) {
-        (Some(Command::Generate(args)), _) => generate::run(&args),
+    let panic_place = note_panics();
+    let outcome = panic::catch_unwind(|| match (cli.command, cli.train) {
+        (Some(Command::Generate(args)), _) => generate::run(&args).map(|()| End::Finished),
         (None, Some(args)) => Launch::from_env().and_then(|launch| train::run(&args, &launch)),
         (None, None) => Err(Failure::usage("no run file was given", "shardwise-worker RUN.json")),
     });
-    match outcome.unwrap_or_else(|panic| Err(Failure::panicked(&*panic))) {
-        Ok(()) => ExitCode::SUCCESS,
+    let outcome = outcome.unwrap_or_else(|panic| {
+        let place = panic_place.lock().unwrap_or_else(PoisonError::into_inner);
+        Err(Failure::panicked(&*panic, &place))
+    });
+    match outcome {
+        Ok(End::Finished) => ExitCode::SUCCESS,
+        Ok(End::Stopped) => ExitCode::from(STOPPED),
         Err(failure) => failure.report(),
     }
+}
+
+/// Has every panic leave its place in the sources behind; otherwise it is told as ever.
+fn note_panics() -> Arc<Mutex<String>> {
+    let place = Arc::<Mutex<String>>::default();
+    let (noted, tell) = (Arc::clone(&place), panic::take_hook());
+    panic::set_hook(Box::new(move |info| {
+        let location = info.location().map(ToString::to_string);
+        *noted.lock().unwrap_or_else(PoisonError::into_inner) = location.unwrap_or_default();
+        tell(info);
+    }));
+    place
 }

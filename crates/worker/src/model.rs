@@ -35,7 +35,7 @@ impl Model {
         let mut files;
         let source: &mut dyn ParamSource = match &run.model.source {
             ModelSource::Path(dir) if has_weights(dir) => {
-                files = HfSource::open(dir, &self.config.layers())?;
+                files = HfSource::open(dir, &self.config.layers()).map_err(Failure::configuration)?;
                 &mut files
             }
             _ => &mut random,

@@ -15,6 +15,7 @@ use shardwise_torch::{Tensor, memory, set_num_threads};
 use shardwise_zero::StepOutcome;
 
 use crate::TrainArgs;
+use crate::cores;
 use crate::data::{self, TextTokenizer, Tokens};
 use crate::failure::Failure;
 use crate::launch::Launch;
@@ -27,7 +28,16 @@ const SAMPLE_TOKENS: usize = 120;
 /// Tokens of the training text that the sample begins with.
 const PROMPT_TOKENS: usize = 8;
 
-pub fn run(args: &TrainArgs, launch: &Launch) -> Result<(), Failure> {
+/// How far a run came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All steps.
+    Finished,
+    /// SIGTERM, to any of the ranks, ended it after a step.
+    Stopped,
+}
+
+pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     let mut telemetry = Telemetry::new();
     telemetry.phase("starting");
     if args.resume != "never" {
@@ -39,6 +49,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<(), Failure> {
     let config = &loaded.config;
     let stop = stop_flag()?;
     let threads = threads(config, launch);
+    cores::take_share(launch.rank, launch.world_size, threads.get());
     set_num_threads(threads.get());
     memory::install();
 
@@ -63,8 +74,8 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<(), Failure> {
     let mut engine = model.build(config, group.clone(), threads)?;
 
     let mut run = Run { config, launch, loader, stop, telemetry: &telemetry };
-    let finished = run.train(&mut engine)?;
-    if finished {
+    let end = run.train(&mut engine)?;
+    if end == End::Finished {
         telemetry.phase("saving the model");
         shardwise_models::save_hf(&mut engine, &dir.model(), &model.json)?;
         if let Some(text) = &tokenizer {
@@ -77,7 +88,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<(), Failure> {
     }
     group.barrier()?;
     telemetry.done();
-    Ok(())
+    Ok(end)
 }
 
 /// Everything the loop needs besides the engine.
@@ -90,8 +101,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Trains all steps; false if it was asked to stop before.
-    fn train(&mut self, engine: &mut Engine) -> Result<bool, Failure> {
+    /// Trains all steps, unless it is asked to stop before.
+    fn train(&mut self, engine: &mut Engine) -> Result<End, Failure> {
         let mut applied = 0u64;
         for step in 0..self.config.steps {
             self.telemetry.begin_step(step + 1);
@@ -116,10 +127,10 @@ impl Run<'_> {
             }
             if most(3) > 0.0 {
                 self.telemetry.note(&format!("stopped after step {}, as asked", step + 1));
-                return Ok(false);
+                return Ok(End::Stopped);
             }
         }
-        Ok(true)
+        Ok(End::Finished)
     }
 
     fn batch(&self, step: u64, microbatch: usize) -> Result<Batch, BoxError> {

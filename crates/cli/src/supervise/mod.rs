@@ -170,7 +170,7 @@ impl Supervisor<'_> {
                 let watched = &mut self.ranks[rank];
                 let ending = watched.process.reap().with_context(|| format!("could not reap rank {rank}"))?;
                 watched.history.end(self.clock, ending);
-                if watched.history.ended_badly() {
+                if watched.history.ended_badly() || watched.history.ended_early() {
                     self.begin_teardown();
                 }
             }
@@ -225,7 +225,11 @@ impl Supervisor<'_> {
     fn outcome(self) -> Outcome {
         let failure = verdict::blame(self.ranks.iter().map(|rank| &rank.history));
         match (self.interrupt, failure) {
-            (Some(signal), failure) => Outcome::Stopped { signal, failure },
+            (Some(signal), failure) => {
+                // A rank that cannot listen yet dies of the request, and its peers miss it: nobody's fault.
+                let failure = failure.filter(|failure| !failure.is_secondary());
+                Outcome::Stopped { signal, failure }
+            }
             (None, Some(failure)) => Outcome::Failed(failure),
             (None, None) => Outcome::Finished,
         }

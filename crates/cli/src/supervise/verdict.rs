@@ -88,6 +88,11 @@ impl RankHistory {
         }
     }
 
+    /// Whether the rank ended without having done all its work, asked to or not: its peers may wait for it.
+    pub fn ended_early(&self) -> bool {
+        self.ending.is_some() && !self.done
+    }
+
     /// When this rank failed and whether by its own fault; `None` if it did not.
     fn fault(&self) -> Option<(Fault, u64)> {
         match (&self.error, self.ending) {
@@ -138,6 +143,11 @@ impl Failure {
         self.ending == Some(Ending::Exited(2))
     }
 
+    /// Whether no rank is known to be at fault: this one only felt that another was gone.
+    pub fn is_secondary(&self) -> bool {
+        self.error.as_ref().is_some_and(|error| error.secondary)
+    }
+
     /// What happened, in one line.
     pub fn message(&self) -> String {
         let Failure { rank, place, error, ending } = self;
@@ -167,8 +177,15 @@ impl Failure {
                 "the kernel's out-of-memory killer does this: `dmesg` tells, and a smaller micro-batch, more ranks \
                  or a higher ZeRO stage need less memory"
             }
-            Ending::Killed(4 | 6 | 7 | 8 | 11) => {
+            Ending::Killed(7) => {
+                "a file that the rank had mapped was cut short (token files must stay as they are during a run), or the \
+                 host's shared memory is full"
+            }
+            Ending::Killed(4 | 6 | 8 | 11) => {
                 "a crash in native code: the end of the rank's log may say where"
+            }
+            Ending::Exited(143) => {
+                "someone other than this command sent SIGTERM to a rank, and all stopped after that step"
             }
             Ending::Exited(101) => "a panic, which is a bug of ours: the rank's log says where",
             Ending::Killed(_) | Ending::Exited(_) => return None,
@@ -270,6 +287,7 @@ mod tests {
         world.end(2, Ending::Exited(0), Asked::Yes);
         assert_eq!(world.message(), None);
         assert!(!world.0.iter().any(RankHistory::ended_badly));
+        assert!(world.0.iter().all(RankHistory::ended_early), "none of them said that it was done");
     }
 
     #[test]
@@ -293,11 +311,13 @@ mod tests {
         let failure =
             |ending| Failure { rank: 0, place: Place::default(), error: None, ending: Some(ending) };
         assert!(failure(Ending::Killed(9)).hint().unwrap().contains("out-of-memory"));
+        assert!(failure(Ending::Killed(7)).hint().unwrap().contains("cut short"));
         assert!(failure(Ending::Killed(11)).hint().unwrap().contains("native code"));
         assert_eq!(failure(Ending::Killed(64)).message(), "rank 0 was killed by signal 64 as it started");
         let error = Some(ErrorEvent { message: "error: no such key".into(), hint: None, secondary: false });
         assert_eq!(Failure { error, ..failure(Ending::Exited(2)) }.message(), "no such key");
         assert_eq!(failure(Ending::Exited(2)).message(), "rank 0 exited with code 2 as it started");
         assert!(!failure(Ending::Exited(1)).is_configuration());
+        assert!(failure(Ending::Exited(143)).hint().unwrap().contains("SIGTERM"));
     }
 }

@@ -1,7 +1,8 @@
 //! Seeing that a rank's process is gone.
 //!
-//! The kernel closes a process's sockets however it ends. So a thread that sleeps in `poll` on one socket per peer sees every death at
-//! once and costs nothing meanwhile. A rank that leaves in good order says so in shared memory before it closes its sockets.
+//! The kernel closes a process's sockets however it ends. So a thread that sleeps in `poll` on one socket per
+//! peer sees every death at once and costs nothing meanwhile. A rank that leaves in good order says so in
+//! shared memory before it closes its sockets.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -23,7 +24,8 @@ pub(super) struct Presence {
 
 /// Starts the monitor. It owns the sockets.
 pub(super) fn watch(universe: Arc<Universe>, peers: Vec<Peer>) -> Result<Presence, CommError> {
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| CommError::system("make an event", errno))?;
+    let stop =
+        eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| CommError::system("make an event", errno))?;
     let stop = Arc::new(stop);
     let (watched, until) = (Arc::clone(&universe), Arc::clone(&stop));
     let thread = std::thread::Builder::new()

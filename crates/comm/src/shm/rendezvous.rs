@@ -1,7 +1,8 @@
 //! How processes find each other and get the shared memory.
 //!
-//! Messages are JSON, one a packet: a handful at start-up, readable in a trace, and tolerant of fields that another version adds.
-//! Sockets of the abstract namespace obey no file permissions, so both ends check that the other is of the same user.
+//! Messages are JSON, one a packet: a handful at start-up, readable in a trace, and tolerant of fields that
+//! another version adds. Sockets of the abstract namespace obey no file permissions, so both ends check that
+//! the other is of the same user.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -12,8 +13,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -149,7 +150,9 @@ impl Host<'_> {
     }
 
     fn missing(&self) -> Vec<usize> {
-        let is_here = |rank: &usize| self.guests.iter().any(|guest| guest.hello.as_ref().is_some_and(|h| h.rank == *rank));
+        let is_here = |rank: &usize| {
+            self.guests.iter().any(|guest| guest.hello.as_ref().is_some_and(|h| h.rank == *rank))
+        };
         (1..self.options.world_size).filter(|rank| !is_here(rank)).collect()
     }
 
@@ -227,7 +230,11 @@ impl Host<'_> {
                 other_fingerprint: theirs.fingerprint.clone(),
             });
         }
-        let is_taken = self.guests.iter().filter_map(|guest| guest.hello.as_ref()).any(|other| other.rank == theirs.rank);
+        let is_taken = self
+            .guests
+            .iter()
+            .filter_map(|guest| guest.hello.as_ref())
+            .any(|other| other.rank == theirs.rank);
         is_taken.then_some(JoinProblem::Duplicate { rank: theirs.rank })
     }
 
@@ -247,7 +254,8 @@ impl Host<'_> {
             guests.extend(guest.hello.map(|hello| (hello, guest.socket)));
         }
         guests.sort_by_key(|(hello, _)| hello.rank);
-        let pids: Vec<u32> = [self.hello.pid].into_iter().chain(guests.iter().map(|(hello, _)| hello.pid)).collect();
+        let pids: Vec<u32> =
+            [self.hello.pid].into_iter().chain(guests.iter().map(|(hello, _)| hello.pid)).collect();
         let give = |(hello, socket): &(Hello, OwnedFd), reply: &Reply, file: &OwnedFd| {
             let broke_off = |_| refused(self.options, JoinProblem::BrokeOff { rank: hello.rank });
             send(socket.as_fd(), reply, Some(file.as_fd())).map_err(broke_off)
@@ -268,7 +276,8 @@ impl Host<'_> {
                 give(other, &Reply::Peer { rank: one.0.rank }, &b)?;
             }
         }
-        let peers = guests.into_iter().map(|(hello, socket)| Peer { rank: hello.rank, pid: hello.pid, socket });
+        let peers =
+            guests.into_iter().map(|(hello, socket)| Peer { rank: hello.rank, pid: hello.pid, socket });
         Ok(Met { memory, slot_bytes, peers: peers.collect() })
     }
 }
@@ -349,7 +358,8 @@ impl Guest<'_> {
 /// The memory of a new world. It has no name; whoever holds the file has it, and nobody can take pages away.
 fn make_memory(world_size: usize, slot_bytes: usize) -> Result<OwnedFd, CommError> {
     let refused = |errno| CommError::system("make the ranks' shared memory", errno);
-    let memory = rustix::fs::memfd_create("shardwise", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(refused)?;
+    let memory = rustix::fs::memfd_create("shardwise", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .map_err(refused)?;
     rustix::fs::fchmod(&memory, Mode::RUSR | Mode::WUSR).map_err(refused)?;
     rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).map_err(refused)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(&memory, 0).map_err(refused)?;
@@ -389,7 +399,9 @@ fn send(socket: BorrowedFd<'_>, message: &impl Serialize, file: Option<BorrowedF
 }
 
 /// The next message and the file that came with it; `None` at the end, or if it makes no sense.
-fn receive<T: for<'a> Deserialize<'a>>(socket: BorrowedFd<'_>) -> Result<Option<(T, Option<OwnedFd>)>, Errno> {
+fn receive<T: for<'a> Deserialize<'a>>(
+    socket: BorrowedFd<'_>,
+) -> Result<Option<(T, Option<OwnedFd>)>, Errno> {
     let mut text = vec![0; MESSAGE_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -42,7 +42,7 @@ pub fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(dtype, numel, in_place)| Step::AllGather { dtype, numel, in_place }),
         2 => (any_type(), numel(), 0usize..8).prop_map(|(dtype, numel, root)| Step::Broadcast { dtype, numel, root }),
         2 => (any_type(), numel()).prop_map(|(dtype, numel)| Step::AllToAll { dtype, numel }),
-        2 => (any_type(), 0usize..20_000).prop_map(|(dtype, numel)| Step::Ring { dtype, numel }),
+        2 => (any_type(), prop_oneof![3 => 0usize..2000, 1 => 60_000usize..140_000]).prop_map(|(dtype, numel)| Step::Ring { dtype, numel }),
         1 => Just(Step::Barrier),
     ]
 }
@@ -87,11 +87,16 @@ fn parts<'a>(input: &'a Buffer, rank: usize, cuts: u64) -> Vec<Part<'a>> {
     parts
 }
 
-fn for_each_stretch(numel: usize, rank: usize, cuts: u64, mut visit: impl FnMut(std::ops::Range<usize>, bool)) {
+fn for_each_stretch(
+    numel: usize,
+    rank: usize,
+    cuts: u64,
+    mut visit: impl FnMut(std::ops::Range<usize>, bool),
+) {
     let mut at = 0;
     for i in 0.. {
         let bits = mix(cuts ^ mix(rank as u64 * 1000 + i));
-        let len = if bits % 7 == 0 { 0 } else { 1 + (bits >> 8) as usize % (numel / 3 + 2) };
+        let len = if bits.is_multiple_of(7) { 0 } else { 1 + (bits >> 8) as usize % (numel / 3 + 2) };
         let end = (at + len).min(numel);
         visit(at..end, (bits >> 60) < 5);
         at = end;
@@ -195,23 +200,21 @@ pub fn run(group: &Group, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
 pub fn reference(n: usize, me: usize, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
     let one = |(i, step): (usize, &Step)| -> Vec<u8> {
         let dtype = input_dtype(step);
-        let inputs: Vec<Buffer> =
-            (0..n).map(|rank| input(seed + i as u64, rank, dtype, input_numel(step, n))).collect();
-        let bytes = |rank: usize| inputs[rank].view().bytes();
+        let input_of = |rank| input(seed + i as u64, rank, dtype, input_numel(step, n));
+        let bytes = |rank| input_of(rank).view().bytes().to_vec();
         match *step {
-            Step::AllReduce { numel, .. } => sum(&inputs, 0..numel, dtype),
+            Step::AllReduce { numel, .. } => sum(&(0..n).map(input_of).collect::<Vec<_>>(), 0..numel, dtype),
             Step::ReduceScatter { shard_dtype, numel, cuts, .. } => {
-                let inputs: Vec<_> =
-                    inputs.into_iter().enumerate().map(|(rank, input)| flat(input, rank, cuts)).collect();
+                let inputs: Vec<_> = (0..n).map(|rank| flat(input_of(rank), rank, cuts)).collect();
                 sum(&inputs, me * numel..(me + 1) * numel, shard_dtype)
             }
-            Step::AllGather { .. } => (0..n).flat_map(|rank| bytes(rank).to_vec()).collect(),
-            Step::Broadcast { root, .. } => bytes(root % n).to_vec(),
+            Step::AllGather { .. } => (0..n).flat_map(bytes).collect(),
+            Step::Broadcast { root, .. } => bytes(root % n),
             Step::AllToAll { numel, .. } => {
-                let width = dtype.size_bytes();
-                (0..n).flat_map(|rank| bytes(rank)[me * numel * width..(me + 1) * numel * width].to_vec()).collect()
+                let piece = me * numel * dtype.size_bytes()..(me + 1) * numel * dtype.size_bytes();
+                (0..n).flat_map(|rank| bytes(rank)[piece.clone()].to_vec()).collect()
             }
-            Step::Ring { .. } => bytes((me + n - 1) % n).to_vec(),
+            Step::Ring { .. } => bytes((me + n - 1) % n),
             Step::Barrier => Vec::new(),
         }
     };
@@ -219,20 +222,20 @@ pub fn reference(n: usize, me: usize, program: &[Step], seed: u64) -> Vec<Vec<u8
 }
 
 fn sum(inputs: &[Buffer], range: std::ops::Range<usize>, out: DType) -> Vec<u8> {
-    range
-        .flat_map(|i| {
-            let mut total = widened(inputs[0].view(), i);
-            for input in &inputs[1..] {
-                total += widened(input.view(), i);
-            }
-            match out {
-                DType::F32 => total.to_ne_bytes().to_vec(),
-                DType::Bf16 => bf16::from_f32(total).to_ne_bytes().to_vec(),
-                DType::F16 => f16::from_f32(total).to_ne_bytes().to_vec(),
-                DType::U8 => unreachable!("bytes are not summed"),
-            }
-        })
-        .collect()
+    let mut bytes = Vec::with_capacity(range.len() * out.size_bytes());
+    for i in range {
+        let mut total = widened(inputs[0].view(), i);
+        for input in &inputs[1..] {
+            total += widened(input.view(), i);
+        }
+        match out {
+            DType::F32 => bytes.extend(total.to_ne_bytes()),
+            DType::Bf16 => bytes.extend(bf16::from_f32(total).to_ne_bytes()),
+            DType::F16 => bytes.extend(f16::from_f32(total).to_ne_bytes()),
+            DType::U8 => unreachable!("bytes are not summed"),
+        }
+    }
+    bytes
 }
 
 fn widened(view: Slice<'_>, i: usize) -> f32 {

@@ -1,17 +1,86 @@
 //! Causal attention.
 
-use shardwise_torch::Tensor;
+use half::bf16;
+use shardwise_kernels::attention as kernel;
+use shardwise_torch::function::{Saved, link};
+use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::raw::{elements, elements_mut, fused_kind, threads};
 use crate::EngineError;
 
 /// Attention of every position to itself and those before it, scaled by the square root of the head's width.
 ///
 /// # Shapes
-/// - `q`: `[batch, heads, seq, head_dim]`; `k`, `v`: `[batch, kv_heads, seq, head_dim]`, `heads` a multiple of `kv_heads`
-/// - returns `[batch, heads, seq, head_dim]`
+/// - `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`, `heads` a multiple of `kv_heads`
+/// - returns `[batch, seq, heads, head_dim]`, contiguous
 /// # Errors
 /// What libtorch says.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
-    let grouped = q.size().get(1) != k.size().get(1);
-    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None::<f64>, grouped)?)
+    let shape = shape(q, k)?;
+    if fused_kind(&[q, k, v]) == Some(Kind::BFloat16) && kernel::is_fast() && kernel::supports(&shape) {
+        return fused(q, k, v, shape);
+    }
+    causal_attention_plain(q, k, v)
+}
+
+/// [`causal_attention`] in libtorch's own operations.
+///
+/// # Errors
+/// What libtorch says.
+pub fn causal_attention_plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
+    let grouped = q.size().get(2) != k.size().get(2);
+    let heads_first = |x: &Tensor| x.f_transpose(1, 2);
+    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let out =
+        Tensor::f_scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None::<f64>, grouped)?;
+    Ok(out.f_transpose(1, 2)?.f_contiguous()?)
+}
+
+fn shape(q: &Tensor, k: &Tensor) -> Result<kernel::Shape, EngineError> {
+    let ((batch, seq, heads, head_dim), (_, _, kv_heads, _)) = (q.size4()?, k.size4()?);
+    let [batch, seq, heads, kv_heads, head_dim] = [batch, seq, heads, kv_heads, head_dim].map(|n| n as usize);
+    Ok(kernel::Shape { batch, heads, kv_heads, seq, head_dim })
+}
+
+fn fused(q: &Tensor, k: &Tensor, v: &Tensor, shape: kernel::Shape) -> Result<Tensor, EngineError> {
+    let scale = 1.0 / (shape.head_dim as f32).sqrt();
+    let q_strides = kernel::Strides::positions_first(&shape, shape.heads);
+    let kv_strides = kernel::Strides::positions_first(&shape, shape.kv_heads);
+    let mut out = q.f_empty_like()?;
+    let stats = [shape.batch, shape.heads, shape.seq].map(|n| n as i64);
+    let mut lse = Tensor::f_zeros(stats, (Kind::Float, q.device()))?;
+    no_grad(|| {
+        let out = kernel::OperandMut::new(elements_mut::<bf16>(&mut out), q_strides);
+        let [q, k, v] = [(q, q_strides), (k, kv_strides), (v, kv_strides)].map(operand);
+        kernel::forward(threads(), shape, scale, q, k, v, out, elements_mut::<f32>(&mut lse));
+    });
+    let saved = [Saved::Input(q), Saved::Input(k), Saved::Input(v), Saved::Output(&out), Saved::Input(&lse)];
+    link(&[q, k, v], &[&out], &saved, move |args| {
+        let [q, k, v, out, lse] = &args.saved[..] else { return Ok(vec![None, None, None]) };
+        let Some(dout) = &args.grads[0] else { return Ok(vec![None, None, None]) };
+        let dout = dout.f_contiguous()?;
+        let (mut dq, mut dk, mut dv) = (q.f_empty_like()?, k.f_empty_like()?, v.f_empty_like()?);
+        let [q, out, dout] = [q, out, &dout].map(|x| operand((x, q_strides)));
+        let [k, v] = [k, v].map(|x| operand((x, kv_strides)));
+        kernel::backward(
+            threads(),
+            shape,
+            scale,
+            q,
+            k,
+            v,
+            out,
+            elements::<f32>(lse),
+            dout,
+            kernel::OperandMut::new(elements_mut::<bf16>(&mut dq), q_strides),
+            kernel::OperandMut::new(elements_mut::<bf16>(&mut dk), kv_strides),
+            kernel::OperandMut::new(elements_mut::<bf16>(&mut dv), kv_strides),
+        );
+        Ok::<_, TorchError>(vec![Some(dq), Some(dk), Some(dv)])
+    })?;
+    Ok(out)
+}
+
+fn operand((tensor, strides): (&Tensor, kernel::Strides)) -> kernel::Operand<'_> {
+    kernel::Operand::new(elements::<bf16>(tensor), strides)
 }

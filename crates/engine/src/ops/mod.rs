@@ -7,12 +7,13 @@ mod attention;
 mod linear;
 mod loss;
 mod norm;
+mod raw;
 mod rotary;
 mod swiglu;
 
-pub use attention::causal_attention;
+pub use attention::{causal_attention, causal_attention_plain};
 pub use linear::linear;
-pub use loss::cross_entropy;
-pub use norm::{layer_norm, rms_norm};
+pub use loss::{linear_cross_entropy, linear_cross_entropy_plain};
+pub use norm::{layer_norm, rms_norm, rms_norm_plain};
 pub use rotary::{Rotary, RotaryTable};
-pub use swiglu::swiglu;
+pub use swiglu::{swiglu, swiglu_plain};

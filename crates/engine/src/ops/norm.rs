@@ -1,8 +1,13 @@
 //! Normalisations over the last dimension.
 
-use shardwise_torch::Tensor;
+use half::bf16;
+use shardwise_kernels::rms_norm as kernel;
+use shardwise_torch::function::{Saved, link};
+use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::raw::{Fused, elements, elements_mut, fused_kind, threads};
 use crate::EngineError;
+use shardwise_kernels::Float;
 
 /// `x / sqrt(mean(x^2) + eps) * weight`.
 ///
@@ -13,7 +18,47 @@ use crate::EngineError;
 /// # Source
 /// Root Mean Square Layer Normalization (arXiv:1910.07467).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
+    match fused_kind(&[x, weight]) {
+        Some(Kind::BFloat16) => fused::<bf16>(x, weight, eps),
+        Some(_) => fused::<f32>(x, weight, eps),
+        None => rms_norm_plain(x, weight, eps),
+    }
+}
+
+/// [`rms_norm`] in libtorch's own operations.
+///
+/// # Errors
+/// What libtorch says.
+pub fn rms_norm_plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
     Ok(x.f_rms_norm(weight.size(), Some(weight), Some(eps))?)
+}
+
+fn fused<T: Fused + Float>(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
+    let num_rows = x.numel() / weight.numel().max(1);
+    let mut y = x.f_empty_like()?;
+    let mut inv_rms = Tensor::f_zeros([num_rows as i64], (Kind::Float, x.device()))?;
+    no_grad(|| {
+        let (out, inv) = (elements_mut::<T>(&mut y), elements_mut::<f32>(&mut inv_rms));
+        kernel::forward(threads(), elements::<T>(x), elements::<T>(weight), eps as f32, out, inv);
+    });
+    link(&[x, weight], &[&y], &[Saved::Input(x), Saved::Input(weight), Saved::Input(&inv_rms)], |args| {
+        let [x, weight, inv_rms] = &args.saved[..] else { return Ok(vec![None, None]) };
+        let Some(dy) = &args.grads[0] else { return Ok(vec![None, None]) };
+        let dy = dy.f_contiguous()?;
+        let mut dx = x.f_empty_like()?;
+        let mut dweight = Tensor::f_zeros(weight.size(), (Kind::Float, weight.device()))?;
+        kernel::backward(
+            threads(),
+            elements::<T>(x),
+            elements::<T>(weight),
+            elements::<f32>(inv_rms),
+            elements::<T>(&dy),
+            elements_mut::<T>(&mut dx),
+            elements_mut::<f32>(&mut dweight),
+        );
+        Ok::<_, TorchError>(vec![Some(dx), Some(dweight.f_to_kind(T::KIND)?)])
+    })?;
+    Ok(y)
 }
 
 /// `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`.

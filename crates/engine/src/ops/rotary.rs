@@ -2,10 +2,17 @@
 //!
 //! Pairs are `(i, i + head_dim / 2)`, as in Hugging Face's Llama.
 
-use shardwise_plan::zoo::RopeScaling;
-use shardwise_torch::{Device, Kind, Tensor};
+use std::sync::Arc;
 
+use half::bf16;
+use shardwise_kernels::rotary as kernel;
+use shardwise_plan::zoo::RopeScaling;
+use shardwise_torch::function::link;
+use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
+
+use super::raw::{Fused, elements, elements_mut, fused_kind, threads};
 use crate::EngineError;
+use shardwise_kernels::Float;
 
 /// What the angles depend on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,11 +25,13 @@ pub struct Rotary {
     pub scaling: Option<RopeScaling>,
 }
 
-/// Cosines and sines of all angles.
+/// Cosines and sines of all angles, in f64 and in f32.
 #[derive(Debug)]
 pub struct RotaryTable {
     cos: Tensor,
     sin: Tensor,
+    cos_f32: Arc<[f32]>,
+    sin_f32: Arc<[f32]>,
 }
 
 impl Rotary {
@@ -51,11 +60,12 @@ impl Rotary {
         let frequencies: Vec<_> = (0..half).map(|i| self.frequency(i)).collect();
         let angles = (0..num_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         let (cos, sin): (Vec<f64>, Vec<f64>) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
+        let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect();
+        let (cos_f32, sin_f32) = (narrow(&cos), narrow(&sin));
         let tensor = |values: &[f64]| -> Result<Tensor, EngineError> {
-            let table = Tensor::f_from_slice(values)?.f_view([num_positions as i64, half as i64])?;
-            Ok(table.f_to_device(Device::Cpu)?)
+            Ok(Tensor::f_from_slice(values)?.f_view([num_positions as i64, 1, half as i64])?)
         };
-        Ok(RotaryTable { cos: tensor(&cos)?, sin: tensor(&sin)? })
+        Ok(RotaryTable { cos: tensor(&cos)?, sin: tensor(&sin)?, cos_f32, sin_f32 })
     }
 }
 
@@ -63,11 +73,23 @@ impl RotaryTable {
     /// Turns every head of `x` by its position.
     ///
     /// # Shapes
-    /// - `x`: `[batch, heads, seq, head_dim]`, `seq` at most the table's positions
+    /// - `x`: `[batch, seq, heads, head_dim]`, `seq` at most the table's positions
     /// # Errors
     /// What libtorch says.
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor, EngineError> {
-        let (kind, seq) = (x.kind(), x.size()[2]);
+        match fused_kind(&[x]) {
+            Some(Kind::BFloat16) => self.fused::<bf16>(x),
+            Some(_) => self.fused::<f32>(x),
+            None => self.rotate_plain(x),
+        }
+    }
+
+    /// [`RotaryTable::rotate`] in libtorch's own operations.
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn rotate_plain(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        let (kind, seq) = (x.kind(), x.size()[1]);
         let exact = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let cos = self.cos.f_narrow(0, 0, seq)?.f_to_kind(exact)?;
         let sin = self.sin.f_narrow(0, 0, seq)?.f_to_kind(exact)?;
@@ -76,5 +98,30 @@ impl RotaryTable {
         let turned_low = low.f_mul(&cos)?.f_sub(&high.f_mul(&sin)?)?;
         let turned_high = high.f_mul(&cos)?.f_add(&low.f_mul(&sin)?)?;
         Ok(Tensor::f_cat(&[turned_low, turned_high], -1)?.f_to_kind(kind)?)
+    }
+
+    fn fused<T: Fused + Float>(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        let (batch, seq, heads, head_dim) = x.size4()?;
+        let shape = kernel::Shape {
+            batch: batch as usize,
+            seq: seq as usize,
+            heads: heads as usize,
+            head_dim: head_dim as usize,
+        };
+        let used = shape.seq * shape.head_dim / 2;
+        let (cos, sin) = (self.cos_f32.clone(), self.sin_f32.clone());
+        let turn = move |direction, x: &Tensor| -> Result<Tensor, TorchError> {
+            let mut y = x.f_empty_like()?;
+            let (x, out) = (elements::<T>(x), elements_mut::<T>(&mut y));
+            kernel::rotate(threads(), direction, x, out, &cos[..used], &sin[..used], shape);
+            Ok(y)
+        };
+        let y = no_grad(|| turn(kernel::Direction::Forward, x))?;
+        link(&[x], &[&y], &[], move |args| match &args.grads[0] {
+            // The transpose of a turn is the turn back.
+            Some(dy) => Ok(vec![Some(turn(kernel::Direction::Inverse, &dy.f_contiguous()?)?)]),
+            None => Ok(vec![None]),
+        })?;
+        Ok(y)
     }
 }

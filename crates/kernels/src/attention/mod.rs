@@ -16,7 +16,7 @@
 //! so the number of threads does not change a bit.
 //!
 //! The vector path needs AVX512-BF16 ([`is_fast`]). Other machines and head sizes ([`supports`]) run the plain
-//! [`mod@reference`]: right, slow, and with other roundings, unlike this crate's other kernels.
+//! plain reference: right, slow, and with other roundings, unlike this crate's other kernels.
 //!
 //! # Source
 //! FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
@@ -30,7 +30,7 @@ use crate::Threads;
 pub use operand::{Operand, OperandMut, Shape, Strides};
 
 mod operand;
-pub mod reference;
+mod reference;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -77,15 +77,7 @@ pub fn forward(
         operand.check(&shape, heads);
     }
     out.check(&shape, shape.heads);
-    let inputs = Forward { shape, scale, q, k, v, out: &out };
-    let queue = lse.chunks_mut((shape.group() * shape.seq).max(1)).enumerate();
-    for_each_head(threads, shape.batch * shape.kv_heads, queue, |work| {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(token) = x86::Bf16Dot::detect().filter(|_| supports(&shape)) {
-            return x86::forward::run(token, &inputs, work);
-        }
-        reference::forward_heads(&inputs, work);
-    });
+    forward_by(Path::best(&shape), threads, &Forward { shape, scale, q, k, v, out: &out }, lse);
 }
 
 /// The gradients of [`forward`] for `dout`, the gradient of `out`.
@@ -123,16 +115,30 @@ pub fn backward(
     dk.check(&shape, shape.kv_heads);
     dv.check(&shape, shape.kv_heads);
     let inputs = Backward { shape, scale, q, k, v, out, dout, dq: &dq, dk: &dk, dv: &dv };
-    let queue = lse.chunks((shape.group() * shape.seq).max(1)).enumerate();
-    for_each_head(threads, shape.batch * shape.kv_heads, queue, |work| {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(token) = x86::Bf16Dot::detect().filter(|_| supports(&shape)) {
-            return x86::backward::run(token, &inputs, work);
-        }
-        reference::backward_heads(&inputs, work);
-    });
+    backward_by(Path::best(&shape), threads, &inputs, lse);
 }
 
+/// Who computes.
+#[derive(Debug, Clone, Copy)]
+enum Path {
+    Reference,
+    #[cfg(target_arch = "x86_64")]
+    Vector(x86::Bf16Dot),
+}
+
+impl Path {
+    fn best(shape: &Shape) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(token) = x86::Bf16Dot::detect().filter(|_| supports(shape)) {
+            return Path::Vector(token);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = shape;
+        Path::Reference
+    }
+}
+
+/// Checked operands of [`forward`].
 struct Forward<'a> {
     shape: Shape,
     scale: f32,
@@ -142,6 +148,7 @@ struct Forward<'a> {
     out: &'a OperandMut<'a>,
 }
 
+/// Checked operands of [`backward`].
 struct Backward<'a> {
     shape: Shape,
     scale: f32,
@@ -153,6 +160,26 @@ struct Backward<'a> {
     dq: &'a OperandMut<'a>,
     dk: &'a OperandMut<'a>,
     dv: &'a OperandMut<'a>,
+}
+
+fn forward_by(path: Path, threads: Threads, inputs: &Forward<'_>, lse: &mut [f32]) {
+    let shape = &inputs.shape;
+    let queue = lse.chunks_mut((shape.group() * shape.seq).max(1)).enumerate();
+    for_each_head(threads, shape.batch * shape.kv_heads, queue, |work| match path {
+        Path::Reference => reference::forward(inputs, work),
+        #[cfg(target_arch = "x86_64")]
+        Path::Vector(token) => x86::forward::run(token, inputs, work),
+    });
+}
+
+fn backward_by(path: Path, threads: Threads, inputs: &Backward<'_>, lse: &[f32]) {
+    let shape = &inputs.shape;
+    let queue = lse.chunks((shape.group() * shape.seq).max(1)).enumerate();
+    for_each_head(threads, shape.batch * shape.kv_heads, queue, |work| match path {
+        Path::Reference => reference::backward(inputs, work),
+        #[cfg(target_arch = "x86_64")]
+        Path::Vector(token) => x86::backward::run(token, inputs, work),
+    });
 }
 
 /// The key heads that a thread is to compute: each comes once, whoever asks, as its number

@@ -60,7 +60,10 @@ impl Shape {
 
     pub(super) fn check(&self, scale: f32, lse: &[f32]) {
         let Shape { batch, heads, kv_heads, seq, .. } = *self;
-        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "`{heads}` heads over `{kv_heads}` key heads");
+        assert!(
+            kv_heads > 0 && heads.is_multiple_of(kv_heads),
+            "`{heads}` heads over `{kv_heads}` key heads"
+        );
         assert!(scale > 0.0 && scale.is_finite(), "the scale `{scale}` is not positive");
         assert_eq!(lse.len(), batch * heads * seq, "log-sum-exps of `{self:?}`");
     }
@@ -86,7 +89,9 @@ impl Strides {
             return Some(0);
         }
         let steps = sizes.into_iter().zip([self.batch, self.head, self.position, 1]);
-        steps.map(|(size, stride)| (size - 1).checked_mul(stride)).try_fold(1, |sum, last| last?.checked_add(sum))
+        steps
+            .map(|(size, stride)| (size - 1).checked_mul(stride))
+            .try_fold(1, |sum, last| last?.checked_add(sum))
     }
 
     /// Whether no two elements share memory: each stride steps over all that the smaller ones reach.
@@ -174,7 +179,13 @@ impl<'a> OperandMut<'a> {
     /// `check` passed for `shape`, the indices lie within it, and nobody else holds this vector.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)] // the caller keeps the vectors apart
-    pub(super) unsafe fn row(&self, shape: &Shape, batch: usize, head: usize, position: usize) -> &mut [bf16] {
+    pub(super) unsafe fn row(
+        &self,
+        shape: &Shape,
+        batch: usize,
+        head: usize,
+        position: usize,
+    ) -> &mut [bf16] {
         let Strides { batch: b, head: h, position: p } = self.strides;
         // SAFETY: `check` found the last element within the memory and no two vectors overlapping.
         unsafe {

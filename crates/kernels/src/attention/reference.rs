@@ -9,8 +9,8 @@ use half::bf16;
 use super::operand::Rows;
 use super::{Backward, Forward};
 
-/// Computes key heads with the query heads of each, as [`forward`](super::forward).
-pub(super) fn forward_heads<'l>(inputs: &Forward<'_>, work: impl Iterator<Item = (usize, &'l mut [f32])>) {
+/// Computes key heads with the query heads of each, for [`forward`](super::forward).
+pub(super) fn forward<'l>(inputs: &Forward<'_>, work: impl Iterator<Item = (usize, &'l mut [f32])>) {
     let shape = &inputs.shape;
     let mut p = vec![0.0; shape.seq];
     let mut out = vec![0.0; shape.head_dim];
@@ -30,14 +30,7 @@ pub(super) fn forward_heads<'l>(inputs: &Forward<'_>, work: impl Iterator<Item =
 }
 
 /// The output of one query, which sees the keys that `p` has room for; returns its log-sum-exp.
-pub(super) fn forward_query(
-    scale: f32,
-    q: &[bf16],
-    k: Rows<'_>,
-    v: Rows<'_>,
-    p: &mut [f32],
-    out: &mut [f32],
-) -> f32 {
+fn forward_query(scale: f32, q: &[bf16], k: Rows<'_>, v: Rows<'_>, p: &mut [f32], out: &mut [f32]) -> f32 {
     for (j, p) in p.iter_mut().enumerate() {
         *p = scale * dot(q, k.get(j));
     }
@@ -51,8 +44,8 @@ pub(super) fn forward_query(
     lse
 }
 
-/// Computes key heads with the query heads of each, as [`backward`](super::backward).
-pub(super) fn backward_heads<'l>(inputs: &Backward<'_>, work: impl Iterator<Item = (usize, &'l [f32])>) {
+/// Computes key heads with the query heads of each, for [`backward`](super::backward).
+pub(super) fn backward<'l>(inputs: &Backward<'_>, work: impl Iterator<Item = (usize, &'l [f32])>) {
     let shape = &inputs.shape;
     let dim = shape.head_dim;
     for (number, lse) in work {
@@ -86,35 +79,35 @@ pub(super) fn backward_heads<'l>(inputs: &Backward<'_>, work: impl Iterator<Item
 }
 
 /// What one query head's gradients are computed from.
-pub(super) struct HeadOperands<'a> {
-    pub q: Rows<'a>,
-    pub k: Rows<'a>,
-    pub v: Rows<'a>,
-    pub out: Rows<'a>,
-    pub dout: Rows<'a>,
-    pub lse: &'a [f32],
+struct HeadOperands<'a> {
+    q: Rows<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
+    out: Rows<'a>,
+    dout: Rows<'a>,
+    lse: &'a [f32],
 }
 
 /// The gradients of one key head, and of its query heads, before rounding.
-pub(super) struct Gradients {
+struct Gradients {
     /// `[group, seq, dim]`
-    pub dq: Vec<f32>,
+    dq: Vec<f32>,
     /// `[seq, dim]`
-    pub dk: Vec<f32>,
+    dk: Vec<f32>,
     /// `[seq, dim]`
-    pub dv: Vec<f32>,
+    dv: Vec<f32>,
     seq: usize,
     dim: usize,
 }
 
 impl Gradients {
-    pub fn new(group: usize, seq: usize, dim: usize) -> Self {
+    fn new(group: usize, seq: usize, dim: usize) -> Self {
         let (dq, dk, dv) = (vec![0.0; group * seq * dim], vec![0.0; seq * dim], vec![0.0; seq * dim]);
         Gradients { dq, dk, dv, seq, dim }
     }
 
     /// Adds query head `member` of the group.
-    pub fn add_head(&mut self, scale: f32, member: usize, x: &HeadOperands<'_>) {
+    fn add_head(&mut self, scale: f32, member: usize, x: &HeadOperands<'_>) {
         let dim = self.dim;
         for i in 0..self.seq {
             let (q, dout) = (x.q.get(i), x.dout.get(i));

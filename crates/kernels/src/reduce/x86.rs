@@ -64,12 +64,17 @@ impl Lanes for bf16 {
             let bits = _mm512_castps_si512(value);
             let high = _mm512_srli_epi32::<16>(bits);
             // Half an ulp less one, plus one if the kept part is odd: ties go to even.
-            let bias = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+            let bias =
+                _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
             let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, bias));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
             let rounded = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
             let narrow = _mm512_cvtepi32_epi16(rounded);
-            if streaming { _mm256_stream_si256(to.cast(), narrow) } else { _mm256_storeu_si256(to.cast(), narrow) }
+            if streaming {
+                _mm256_stream_si256(to.cast(), narrow)
+            } else {
+                _mm256_storeu_si256(to.cast(), narrow)
+            }
         }
     }
     #[inline(always)]
@@ -86,7 +91,8 @@ impl Lanes for bf16 {
         unsafe {
             let bits = _mm256_castps_si256(value);
             let high = _mm256_srli_epi32::<16>(bits);
-            let bias = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+            let bias =
+                _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
             let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, bias));
             let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
             let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
@@ -109,7 +115,11 @@ impl Lanes for f16 {
         // SAFETY: the caller's contract.
         unsafe {
             let narrow = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(value);
-            if streaming { _mm256_stream_si256(to.cast(), narrow) } else { _mm256_storeu_si256(to.cast(), narrow) }
+            if streaming {
+                _mm256_stream_si256(to.cast(), narrow)
+            } else {
+                _mm256_storeu_si256(to.cast(), narrow)
+            }
         }
     }
     #[inline(always)]
@@ -143,8 +153,8 @@ macro_rules! sum_path {
             numel: usize,
             store: Store,
         ) {
-            // SAFETY: every index stays below `numel`, which the caller vouches for; a streaming store only happens
-            // after the head, where `out` is aligned to a whole vector.
+            // SAFETY: every index stays below `numel`, which the caller vouches for; a streaming store only
+            // happens after the head, where `out` is aligned to a whole vector.
             unsafe {
                 let streaming = store == Store::Streaming;
                 let mut i = 0;
@@ -154,13 +164,16 @@ macro_rules! sum_path {
                 }
                 let first = terms[0].cast::<I>();
                 if let [_, second] = *terms {
-                    // Two ranks: by far the commonest case on one host; unrolled to keep several lines in flight.
+                    // Two ranks: by far the commonest case on one host; unrolled to keep several lines in
+                    // flight.
                     let second = second.cast::<I>();
                     while i + 4 * $width <= numel {
                         let a = $add(I::$load(first.add(i)), I::$load(second.add(i)));
                         let b = $add(I::$load(first.add(i + $width)), I::$load(second.add(i + $width)));
-                        let c = $add(I::$load(first.add(i + 2 * $width)), I::$load(second.add(i + 2 * $width)));
-                        let d = $add(I::$load(first.add(i + 3 * $width)), I::$load(second.add(i + 3 * $width)));
+                        let c =
+                            $add(I::$load(first.add(i + 2 * $width)), I::$load(second.add(i + 2 * $width)));
+                        let d =
+                            $add(I::$load(first.add(i + 3 * $width)), I::$load(second.add(i + 3 * $width)));
                         O::$store(out.add(i), a, streaming);
                         O::$store(out.add(i + $width), b, streaming);
                         O::$store(out.add(i + 2 * $width), c, streaming);
@@ -189,14 +202,14 @@ macro_rules! sum_path {
 sum_path!(sum_512, "avx512f", 16, load_512, store_512, _mm512_add_ps);
 sum_path!(sum_256, "avx2,f16c", 8, load_256, store_256, _mm256_add_ps);
 
-macro_rules! stream_path {
+macro_rules! copy_path {
     ($name:ident, $features:literal, $width:literal, $load:ident, $store:ident) => {
         /// # Safety
         /// As [`super::copy_bytes`], and the processor has the named features.
         #[target_feature(enable = $features)]
         pub(super) unsafe fn $name(from: *const u8, out: *mut u8, num_bytes: usize) {
-            // SAFETY: every offset stays below `num_bytes`, which the caller vouches for; streaming stores only
-            // happen after the head, where `out` is aligned to a whole vector.
+            // SAFETY: every offset stays below `num_bytes`, which the caller vouches for; streaming stores
+            // only happen after the head, where `out` is aligned to a whole vector.
             unsafe {
                 let mut i = head(out, $width, num_bytes);
                 std::ptr::copy_nonoverlapping(from, out, i);
@@ -218,6 +231,8 @@ macro_rules! stream_path {
     };
 }
 
-stream_path!(stream_512, "avx512f", 64, _mm512_loadu_si512, _mm512_stream_si512);
-stream_path!(stream_256, "avx", 32, _mm256_loadu_si256, _mm256_stream_si256);
-stream_path!(copy_512, "avx512f", 64, _mm512_loadu_si512, _mm512_store_si512);
+// Streaming needs the alignment and the fence; the cached copy shares the loop, which beats a plain `memcpy`
+// for the sizes of slots because that may write past the cache on its own account.
+copy_path!(stream_512, "avx512f", 64, _mm512_loadu_si512, _mm512_stream_si512);
+copy_path!(stream_256, "avx", 32, _mm256_loadu_si256, _mm256_stream_si256);
+copy_path!(copy_512, "avx512f", 64, _mm512_loadu_si512, _mm512_store_si512);

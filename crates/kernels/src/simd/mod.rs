@@ -7,28 +7,44 @@
 
 use half::{bf16, f16};
 
+pub(crate) mod exp;
+pub(crate) mod lanes;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 
 /// Lanes of the `f64` sums of squares, whatever the width of the registers.
 pub(crate) const SUM_LANES: usize = 32;
 
-pub(crate) trait Simd: Copy {
+/// Lanes of the `f32` sums and maxima of a row, whatever the width of the registers.
+pub(crate) const ROW_LANES: usize = 32;
+
+/// Public in a private module, so that [`Float`] can be: nobody outside can name it.
+pub trait Simd: Copy {
     /// `LANES` numbers.
     type Vector: Copy;
     /// `LANES` numbers of 16 bits.
     type Bits16: Copy;
     /// `SUM_LANES` sums in `f64`.
     type Sums: Copy;
+    /// `ROW_LANES` numbers, in order.
+    type Row: Copy + AsRef<[Self::Vector]> + AsMut<[Self::Vector]>;
     const LANES: usize;
 
     fn splat(self, x: f32) -> Self::Vector;
+    fn splat_row(self, x: f32) -> Self::Row;
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn sqrt(self, a: Self::Vector) -> Self::Vector;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `a` where `a > b`, else `b`: so `b` where one of them is NaN.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a` where `a < b`, else `b`: so `b` where one of them is NaN.
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `x * 2^n`, rounded once, for `x` in 0.5..2 and whole numbers `n` in -160..=160; NaN if `x` is.
+    fn scale(self, x: Self::Vector, n: Self::Vector) -> Self::Vector;
 
     /// # Safety
     /// Valid for reads of `LANES` elements; no alignment beyond the element's is asked, here and below.
@@ -65,8 +81,15 @@ pub(crate) trait Simd: Copy {
     fn sums(self, sums: Self::Sums) -> [f64; SUM_LANES];
 }
 
+/// The numbers that kernels of model layers work on: `f32`, `bf16`, `f16`. Arithmetic is `f32` for all of them.
+pub trait Float: Element {}
+
+impl Float for f32 {}
+impl Float for bf16 {}
+impl Float for f16 {}
+
 /// A type that lanes are read from and written to.
-pub(crate) trait Element: Copy + Send + Sync {
+pub trait Element: Copy + Send + Sync {
     /// # Safety
     /// Valid for reads of `S::LANES` elements.
     unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::Vector;
@@ -142,6 +165,7 @@ impl Simd for Scalar {
     type Vector = f32;
     type Bits16 = u16;
     type Sums = [f64; SUM_LANES];
+    type Row = [f32; ROW_LANES];
     const LANES: usize = 1;
 
     #[inline(always)]
@@ -149,8 +173,16 @@ impl Simd for Scalar {
         x
     }
     #[inline(always)]
+    fn splat_row(self, x: f32) -> Self::Row {
+        [x; ROW_LANES]
+    }
+    #[inline(always)]
     fn add(self, a: f32, b: f32) -> f32 {
         a + b
+    }
+    #[inline(always)]
+    fn sub(self, a: f32, b: f32) -> f32 {
+        a - b
     }
     #[inline(always)]
     fn mul(self, a: f32, b: f32) -> f32 {
@@ -167,6 +199,21 @@ impl Simd for Scalar {
     #[inline(always)]
     fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: f32, b: f32) -> f32 {
+        if a > b { a } else { b }
+    }
+    #[inline(always)]
+    fn min(self, a: f32, b: f32) -> f32 {
+        if a < b { a } else { b }
+    }
+    #[inline(always)]
+    fn scale(self, x: f32, n: f32) -> f32 {
+        // By halves: each is a normal number, the first product is exact.
+        let n = n as i32;
+        let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+        x * power(n >> 1) * power(n - (n >> 1))
     }
 
     #[inline(always)]

@@ -68,6 +68,21 @@ impl Bench {
         Running::start(self, command, fault, "train".to_owned())
     }
 
+    /// `shardwise train` with two ranks, writing to a disk of 64 KiB. `None` where the system allows no private mounts.
+    pub fn train_on_a_small_disk(&self) -> Option<Running<'_>> {
+        const PRIVATELY: [&str; 4] = ["--map-root-user", "--mount", "sh", "-c"];
+        fs::create_dir(self.path("out")).unwrap();
+        let mount = "mount -t tmpfs -o size=64k tmpfs out";
+        let mut probe = self.command(Path::new("unshare"), "train");
+        if !probe.args(PRIVATELY).arg(mount).status().is_ok_and(|status| status.success()) {
+            return None;
+        }
+        let mut command = self.command(Path::new("unshare"), "train");
+        command.args(PRIVATELY).args([&format!("{mount} && exec \"$@\""), "sh"]).arg(shardwise());
+        command.args(["train", "run.json", "--out", "out", "-n", "2"]);
+        Some(Running::start(self, command, "", "train".to_owned()))
+    }
+
     /// One rank as torchrun would start it.
     pub fn rank(&self, rank: usize, world_size: usize, fault: &str) -> Running<'_> {
         let name = format!("rank-{rank}");
@@ -90,9 +105,24 @@ impl Bench {
     pub fn wait_until(&self, what: &str, mut reached: impl FnMut() -> bool) {
         let started = Instant::now();
         while !reached() {
-            assert!(started.elapsed() < HANGS, "{what} did not happen; stderr:\n{}", self.read("train.stderr"));
+            assert!(
+                started.elapsed() < HANGS,
+                "{what} did not happen; stderr:\n{}",
+                self.read("train.stderr")
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The process of a rank.
+    pub fn rank_process(&self, rank: usize) -> Pid {
+        let mark = format!("\0RANK={rank}\0");
+        let is_rank = |pid: &String| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.windows(mark.len()).any(|window| window == mark.as_bytes())
+        };
+        let pid = self.processes().into_iter().find(is_rank).unwrap();
+        Pid::from_raw(pid.parse().unwrap()).unwrap()
     }
 
     /// The processes of this run that are alive.
@@ -102,7 +132,8 @@ impl Bench {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.windows(mark.len()).any(|window| window == mark.as_bytes())
         };
-        let names = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let names =
+            fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| name.parse::<u32>().is_ok()).filter(is_ours).collect()
     }
 
@@ -135,7 +166,8 @@ fn shared_memory() -> BTreeSet<String> {
 fn is_mapped(name: &str) -> bool {
     let path = format!("/dev/shm/{name}");
     let maps = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path().join("maps"));
-    maps.filter_map(|maps| fs::read_to_string(maps).ok()).any(|maps| maps.lines().any(|line| line.ends_with(&path)))
+    maps.filter_map(|maps| fs::read_to_string(maps).ok())
+        .any(|maps| maps.lines().any(|line| line.ends_with(&path)))
 }
 
 /// A process under test; killed when dropped, so that a failed test leaves nothing either.

@@ -26,16 +26,17 @@ fn a_panicking_rank_is_blamed_with_its_message() {
         ended.expect(
             1,
             &[
-                &format!("error: rank {victim} failed in step 2: panicked: failing on purpose"),
-                "hint: a panic is a bug of ours",
-                // Where it was, from the log.
-                "fault.rs",
+                &format!("error: rank {victim} failed in step 2: panicked at crates/worker/src/fault.rs:"),
+                ": failing on purpose, as `SHARDWISE_FAULT` says\nhint: a panic is a bug of ours",
             ],
         );
         assert!(ended.since(&bench.path(&format!("out/ranks/rank-{victim}.log"))) < LIMIT, "{ended:#?}");
         for rank in (0..3).filter(|&rank| rank != victim) {
             let log = bench.log(rank);
-            assert!(log.contains(&format!("rank `{victim}` gave up: its thread panicked")), "rank {rank}: {log}");
+            assert!(
+                log.contains(&format!("rank `{victim}` gave up: its thread panicked")),
+                "rank {rank}: {log}"
+            );
         }
         bench.assert_nothing_left();
     }
@@ -46,7 +47,7 @@ fn without_a_supervisor_a_panic_is_code_1() {
     let bench = Bench::new();
     let ranks: Vec<_> = (0..2).map(|rank| bench.rank(rank, 2, "panic:rank=1,step=2,phase=reduce")).collect();
     let ended: Vec<_> = ranks.into_iter().map(|rank| rank.end()).collect();
-    ended[1].expect(1, &["error: panicked: failing on purpose"]);
+    ended[1].expect(1, &["error: panicked at ", ": failing on purpose"]);
     ended[0].expect(1, &["rank `1` gave up: its thread panicked"]);
 }
 
@@ -101,8 +102,21 @@ fn a_model_that_cannot_be_written_is_told() {
 }
 
 #[test]
+fn a_full_disk_is_told() {
+    let bench = Bench::new();
+    let Some(running) = bench.train_on_a_small_disk() else {
+        println!("skipped: this system allows no private mounts");
+        return;
+    };
+    running.end().expect(1, &["error: rank 0 failed in step ", "No space left on device"]);
+    bench.assert_nothing_left();
+}
+
+#[test]
 fn a_fault_that_means_nothing_is_refused() {
-    for (fault, says) in [("kill", "expected `action:rank"), ("kill:rank=2,step=1,phase=step", "there are `2` ranks")] {
+    for (fault, says) in
+        [("kill", "expected `action:rank"), ("kill:rank=2,step=1,phase=step", "there are `2` ranks")]
+    {
         let bench = Bench::new();
         bench.train(2, &[], fault).end().expect(2, &["error: environment variable `SHARDWISE_FAULT`", says]);
         bench.assert_nothing_left();

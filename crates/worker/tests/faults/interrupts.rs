@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
 use crate::bench::{Bench, LIMIT};
@@ -68,6 +68,19 @@ fn ctrl_c_at_any_moment_of_the_start_ends_the_run() {
         check_metrics(&bench);
         bench.assert_nothing_left();
     }
+}
+
+#[test]
+fn a_rank_that_is_told_to_stop_by_a_stranger_stops_all_and_that_is_no_success() {
+    let bench = Bench::new();
+    let running = bench.train(3, &[], "");
+    bench.wait_until("the third step", || bench.num_steps() >= 3);
+    kill_process(bench.rank_process(1), Signal::TERM).unwrap();
+    let ended = running.end();
+    let num_steps = check_metrics(&bench);
+    let stopped = format!("exited with code 143 in step {num_steps}\n");
+    ended.expect(1, &[&stopped, "hint: someone other than this command sent SIGTERM"]);
+    bench.assert_nothing_left();
 }
 
 #[test]

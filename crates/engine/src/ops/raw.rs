@@ -1,0 +1,61 @@
+//! Tensors as Rust slices, for kernels.
+
+use half::bf16;
+use shardwise_device::Element;
+use shardwise_kernels::Threads;
+use shardwise_torch::{Device, Kind, Tensor, tch};
+
+/// Threads of one operation: as many as libtorch's own use.
+pub(super) fn threads() -> Threads {
+    usize::try_from(tch::get_num_threads()).ok().and_then(Threads::new).unwrap_or(Threads::ONE)
+}
+
+/// The element type a kernel would run on, if all tensors share one, lie in host memory and are contiguous.
+pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
+    let kind = tensors.first()?.kind();
+    let fits = |t: &&Tensor| t.kind() == kind && t.device() == Device::Cpu && t.is_contiguous();
+    (matches!(kind, Kind::BFloat16 | Kind::Float) && tensors.iter().all(fits)).then_some(kind)
+}
+
+/// An element type of fused kernels.
+pub(super) trait Fused: Element {
+    const KIND: Kind;
+}
+
+impl Fused for f32 {
+    const KIND: Kind = Kind::Float;
+}
+impl Fused for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// The elements of a contiguous host tensor of type `T`, in memory order.
+pub(super) fn elements<T: Fused>(tensor: &Tensor) -> &[T] {
+    debug_assert!(tensor.is_contiguous() && tensor.kind() == T::KIND);
+    if tensor.numel() == 0 {
+        return &[];
+    }
+    // SAFETY: a contiguous host tensor of this type holds `numel` elements from `data_ptr` on while it lives; in this crate
+    // nobody writes to a tensor that somebody reads.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// The elements of a contiguous host tensor that nobody else has seen yet.
+pub(super) fn elements_mut<T: Fused>(tensor: &mut Tensor) -> &mut [T] {
+    debug_assert!(tensor.is_contiguous() && tensor.kind() == T::KIND);
+    if tensor.numel() == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `elements`; the callers have just made the tensor and hold its only handle.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// The token ids of a contiguous `i64` tensor.
+pub(super) fn ids(tensor: &Tensor) -> &[i64] {
+    debug_assert!(tensor.is_contiguous() && tensor.kind() == Kind::Int64);
+    if tensor.numel() == 0 {
+        return &[];
+    }
+    // SAFETY: as in `elements`.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
+}

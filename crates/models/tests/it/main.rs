@@ -1,0 +1,8 @@
+//! Models against Hugging Face's own: what we load predicts the same, what we write reads back.
+
+// Helpers of tests may unwrap as tests may.
+#![allow(clippy::unwrap_used)]
+
+mod export;
+mod fixture;
+mod logits;
