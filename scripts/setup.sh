@@ -15,6 +15,10 @@ CPU_WHEELS=("torch==$TORCH" "nvidia-cuda-runtime==13.0.96" "nvidia-cuda-cupti==1
 
 fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
+# What an earlier set-up chose stays, unless this one asks for something else.
+known=$(sed -n 's/^LIBTORCH = "\(.*\)"$/\1/p' .cargo/config.toml 2>/dev/null || true)
+if [ -z "${LIBTORCH:-}${CUDA:-}" ] && [ -n "$known" ] && [ -e "$known/lib/libtorch_cpu.so" ]; then exit 0; fi
+
 if [ -n "${LIBTORCH:-}" ]; then
   [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] || fail "\`LIBTORCH=$LIBTORCH\` holds no lib/libtorch_cpu.so" \
     "point it at a libtorch $TORCH, for example .../site-packages/torch"

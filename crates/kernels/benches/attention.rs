@@ -9,14 +9,14 @@ use half::bf16;
 use shardwise_kernels::attention::{self, Operand, OperandMut, Shape, Strides};
 use shardwise_kernels::{Threads, philox};
 
-const ROUNDS: usize = 40;
+const ROUNDS: usize = 20;
 
 const SHAPES: [Shape; 9] = [
     shape(4, 8, 8, 256, 64),
     shape(1, 16, 16, 256, 64),
     shape(16, 8, 8, 64, 64),
-    shape(1, 4, 4, 1024, 64),
-    shape(1, 2, 2, 2048, 64),
+    shape(1, 16, 16, 1024, 64),
+    shape(1, 8, 8, 2048, 64),
     shape(4, 9, 3, 256, 64),
     shape(4, 8, 8, 256, 32),
     shape(2, 8, 8, 256, 96),
@@ -37,7 +37,7 @@ fn main() {
         "batch heads kv_heads seq dim", "threads", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s"
     );
     for shape in SHAPES {
-        for count in [1] {
+        for count in [1, cores] {
             measure(shape, Threads::new(count).expect("a machine has a core"));
         }
     }

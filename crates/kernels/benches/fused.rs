@@ -73,7 +73,8 @@ fn loss() {
     // Each turn takes the gradient of the last one for logits: other numbers, the same work.
     grad.copy_from_slice(&logits);
     measure("cross_entropy in place, 1024 x 8192", || {
-        black_box(cross_entropy::in_place(Threads::ONE, &mut grad, &targets, 1e3)).expect("targets are classes");
+        black_box(cross_entropy::in_place(Threads::ONE, &mut grad, &targets, 1e3))
+            .expect("targets are classes");
     });
 }
 

@@ -16,7 +16,7 @@ use crate::parallel::Split;
 use crate::philox::ln;
 use crate::rows::{Rows, RowsMut, for_each_rows};
 use crate::simd::exp::exp;
-use crate::simd::lanes::{self, Each, Fold, for_each, load, store};
+use crate::simd::lanes::{self, Each, Fold, for_each, load, prefetch, store};
 use crate::simd::{Scalar, Simd};
 use crate::{Float, Threads};
 
@@ -76,11 +76,7 @@ pub fn in_place<T: Float>(
 /// As [`forward_backward`].
 /// # Panics
 /// As [`forward_backward`].
-pub fn loss_only<T: Float>(
-    threads: Threads,
-    logits: &[T],
-    targets: &[i64],
-) -> Result<f64, TargetOutOfRange> {
+pub fn loss_only<T: Float>(threads: Threads, logits: &[T], targets: &[i64]) -> Result<f64, TargetOutOfRange> {
     rows_with(Isa::best(), threads, targets, 0.0, Logits::Read(logits))
 }
 
@@ -245,7 +241,8 @@ impl<T: Float> Row<T> {
     #[inline(always)]
     unsafe fn softmax<S: Simd>(&self, simd: S, mut keep: Keep<'_>) -> Softmax {
         // SAFETY: the caller's promise.
-        let max = lanes::max(unsafe { lanes::fold(simd, 0..self.width, f32::NEG_INFINITY, &mut Max(self.from)) });
+        let max =
+            lanes::max(unsafe { lanes::fold(simd, 0..self.width, f32::NEG_INFINITY, &mut Max(self.from)) });
         let mut sum = 0.0;
         for start in (0..self.width).step_by(BLOCK_NUMEL) {
             let numel = BLOCK_NUMEL.min(self.width - start);
@@ -255,7 +252,7 @@ impl<T: Float> Row<T> {
             };
             // SAFETY: the row has `numel` elements from `start` on, and `exps` holds as many.
             unsafe {
-                for_each(simd, numel, &mut Exps { from: self.from.add(start), max, exps });
+                for_each(simd, numel, &mut Exps { from: self.from.add(start), max, exps, width: self.width });
                 sum += f64::from(lanes::sum(lanes::fold(simd, 0..numel, 0.0, &mut Sum(exps))));
             }
         }
@@ -296,6 +293,8 @@ struct Exps<'a, T> {
     from: *const T,
     max: f32,
     exps: &'a mut [f32],
+    /// Elements from a row to the next.
+    width: usize,
 }
 
 impl<T: Float> Each for Exps<'_, T> {
@@ -304,6 +303,8 @@ impl<T: Float> Each for Exps<'_, T> {
         // SAFETY: in range by the caller's promise.
         unsafe {
             let mut x: [_; N] = load(simd, self.from.add(at));
+            // Exponentials leave memory idle; the next row's maximum will ask more of it than it has.
+            prefetch::<T, S, N>(self.from.wrapping_add(at + self.width));
             for x in &mut x {
                 *x = simd.sub(*x, simd.splat(self.max));
             }

@@ -23,6 +23,8 @@ mod isa;
 mod parallel;
 mod rows;
 mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use parallel::Threads;
 pub use simd::Float;

@@ -16,8 +16,8 @@
 use crate::isa::{Isa, Kernel};
 use crate::parallel::Split;
 use crate::rows::{Rows, RowsMut, for_each_rows, rows_per_piece};
-use crate::simd::lanes::{self, Each, Fold, for_each, load, store};
 use crate::simd::Simd;
+use crate::simd::lanes::{self, Each, Fold, for_each, load, store};
 use crate::{Float, Threads};
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; keeps the rows' factors for [`backward`].

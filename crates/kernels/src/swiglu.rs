@@ -25,14 +25,7 @@ pub fn forward<T: Float>(threads: Threads, gate: &[T], up: &[T], out: &mut [T]) 
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn backward<T: Float>(
-    threads: Threads,
-    gate: &[T],
-    up: &[T],
-    dy: &[T],
-    dgate: &mut [T],
-    dup: &mut [T],
-) {
+pub fn backward<T: Float>(threads: Threads, gate: &[T], up: &[T], dy: &[T], dgate: &mut [T], dup: &mut [T]) {
     backward_with(Isa::best(), threads, Backward { gate, up, dy, dgate, dup });
 }
 

@@ -17,3 +17,6 @@ pub use loss::{linear_cross_entropy, linear_cross_entropy_plain};
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};
 pub use rotary::{Rotary, RotaryTable};
 pub use swiglu::{swiglu, swiglu_plain};
+
+#[cfg(test)]
+mod tests;

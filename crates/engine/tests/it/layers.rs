@@ -1,6 +1,7 @@
 //! A small model in which nothing divides, with all that makes sharding hard: a tied parameter, one without gradient, one
 //! whose gradient depends on the data, a layer without parameters.
 
+use shardwise_engine::ops::Rotary;
 use shardwise_engine::{Context, EngineError, Layer, Params, ops};
 use shardwise_plan::{Init, LayerSpec, ParamSpec};
 use shardwise_torch::{Kind, Tensor};
@@ -80,20 +81,60 @@ impl Layer for Sometimes {
     }
 }
 
+/// A decoder block of [`MID`] columns: what real models are made of, fused operations and all.
+pub struct Block;
+
+const MID: usize = 15;
+const HEAD_DIM: usize = 4;
+const HEADS: usize = 2;
+
+impl Layer for Block {
+    fn spec(&self) -> LayerSpec {
+        let param = |key, shape: &[usize]| uniform("block", key, shape);
+        let (width, kv_width) = (HEADS * HEAD_DIM, HEAD_DIM);
+        let params = vec![
+            ParamSpec::new("block", "norm", &[MID], Init::Ones),
+            param("q", &[width, MID]),
+            param("k", &[kv_width, MID]),
+            param("v", &[kv_width, MID]),
+            param("o", &[MID, width]),
+            param("gate", &[6, MID]),
+            param("up", &[6, MID]),
+            param("down", &[MID, 6]),
+        ];
+        LayerSpec { name: "block".into(), params }
+    }
+
+    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        let (b, t, _) = x.size3()?;
+        let linear = |key: &str, x: &Tensor| ops::linear(x, params.get(key)?, None);
+        let heads = |x: Tensor| -> Result<Tensor, EngineError> {
+            Ok(x.f_view([b, t, -1, HEAD_DIM as i64])?.f_transpose(1, 2)?)
+        };
+        let table = Rotary { head_dim: HEAD_DIM, theta: 100.0, scaling: None }.table(t as usize)?;
+        let normed = ops::rms_norm(x, params.get("norm")?, 1e-5)?;
+        let q = table.rotate(&heads(linear("q", &normed)?)?)?;
+        let k = table.rotate(&heads(linear("k", &normed)?)?)?;
+        let out = ops::causal_attention(&q, &k, &heads(linear("v", &normed)?)?)?;
+        let x = x.f_add(&linear("o", &out.f_transpose(1, 2)?.f_reshape([b, t, -1])?)?)?;
+        Ok(x.f_add(&linear("down", &ops::swiglu(&linear("gate", &x)?, &linear("up", &x)?)?)?)?)
+    }
+}
+
 /// Scores with the embedding's own weight; with a target, their mean cross-entropy.
 pub struct Head;
 
 impl Layer for Head {
     fn spec(&self) -> LayerSpec {
         let tied = ParamSpec { key: "proj".into(), ..Embedding.spec().params.remove(0) };
-        LayerSpec { name: "head".into(), params: vec![tied, uniform("head", "bias", &[VOCAB])] }
+        LayerSpec { name: "head".into(), params: vec![tied, uniform("head", "bias", &[WIDTH])] }
     }
 
     fn forward(&self, context: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
-        let logits = ops::linear(x, params.get("proj")?, Some(params.get("bias")?))?;
+        let x = x.f_add(params.get("bias")?)?;
         match context.target {
-            Some(target) => ops::cross_entropy(&logits, target),
-            None => Ok(logits),
+            Some(target) => ops::linear_cross_entropy(&x, params.get("proj")?, target),
+            None => ops::linear(&x, params.get("proj")?, None),
         }
     }
 }
@@ -111,9 +152,10 @@ pub enum Gradients {
 pub fn model(gradients: Gradients) -> Vec<Box<dyn Layer>> {
     let mut layers: Vec<Box<dyn Layer>> = vec![
         Box::new(Embedding),
-        Box::new(Dense { name: "up", inputs: WIDTH, outputs: 15 }),
+        Box::new(Dense { name: "up", inputs: WIDTH, outputs: MID }),
+        Box::new(Block),
         Box::new(Flatten),
-        Box::new(Dense { name: "mid", inputs: 15, outputs: 17 }),
+        Box::new(Dense { name: "mid", inputs: MID, outputs: 17 }),
         Box::new(Dense { name: "narrow", inputs: 17, outputs: 5 }),
     ];
     if gradients == Gradients::Sometimes {

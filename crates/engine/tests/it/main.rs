@@ -9,3 +9,4 @@ mod outcomes;
 mod refusals;
 mod runs;
 mod splits;
+mod views;

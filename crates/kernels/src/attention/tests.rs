@@ -197,7 +197,8 @@ impl Exact {
             errors.push(got - sum);
         }
         // Roundings are independent, so all together they amount to less than their bounds.
-        let bound = (tolerance.terms + BF16_ROUNDING) * norm(&self.sums) + tolerance.parts * norm(&self.parts);
+        let bound =
+            (tolerance.terms + BF16_ROUNDING) * norm(&self.sums) + tolerance.parts * norm(&self.parts);
         let error = norm(&errors);
         assert!(error <= bound, "{what}: error `{error:e}`, expected at most `{bound:e}`");
     }

@@ -112,7 +112,18 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
         let mut x: Vec<f32> = numbers().into_iter().step_by(7).collect();
-        x.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 1e-42, -104.0, -103.9, 89.0]);
+        x.extend([
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MAX,
+            f32::MIN,
+            1e-42,
+            -104.0,
+            -103.9,
+            89.0,
+        ]);
         let reference = with(Isa::SCALAR, &x);
         for isa in Isa::all() {
             let out = with(isa, &x);

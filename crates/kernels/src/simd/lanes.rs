@@ -68,6 +68,24 @@ pub(crate) unsafe fn store<T: Float, S: Simd, const N: usize>(simd: S, to: *mut 
     }
 }
 
+/// Asks for the `N` vectors at `from`, to be read later. They need not exist.
+#[inline(always)]
+pub(crate) fn prefetch<T, S: Simd, const N: usize>(from: *const T) {
+    const LINE_BYTES: usize = 64;
+    let num_bytes = N * S::LANES * size_of::<T>();
+    // Less than a line belongs to the ends of rows: a neighbour asks for it.
+    for at in (0..num_bytes - num_bytes % LINE_BYTES).step_by(LINE_BYTES) {
+        let line = from.cast::<i8>().wrapping_add(at);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint that every x86-64 machine takes, and that never faults.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
+
 /// What is folded into the result of each lane.
 pub(crate) trait Fold {
     /// The lanes' results with the elements at `at` folded in.

@@ -120,8 +120,8 @@ impl ModelConfig {
         };
         let (hidden, vocab) = (self.hidden_size(), self.vocab_size());
         let embedding = LayerActivations { output: hidden, ..LayerActivations::default() };
-        // The normalised input and the gradient of the scores, which the forward pass makes of the scores.
-        let head = LayerActivations { kept: hidden + vocab, output: 0, forward: vocab, backward: 0 };
+        // The normalised input, and the scores, whose place their gradient takes within the forward pass.
+        let head = LayerActivations { kept: hidden + vocab, ..LayerActivations::default() };
         let mut layers = vec![embedding];
         layers.extend(std::iter::repeat_n(block, num_blocks));
         layers.push(head);

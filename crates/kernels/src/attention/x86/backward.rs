@@ -29,7 +29,7 @@ use super::product::{Extent, Left, Right, Start, Sums, product};
 use super::{Aligned, Bf16Dot, LANES, PANEL, STRIPE, pack};
 
 /// Keys of a block.
-const KEYS: usize = 64;
+const KEYS: usize = 128;
 /// Queries of a block, a multiple of the keys.
 const QUERIES: usize = 128;
 
