@@ -161,7 +161,13 @@ impl<'a> SliceMut<'a> {
 
     /// A writable view of the same elements, for a shorter time.
     pub fn reborrow(&mut self) -> SliceMut<'_> {
-        SliceMut { ptr: self.ptr, numel: self.numel, dtype: self.dtype, place: self.place, memory: PhantomData }
+        SliceMut {
+            ptr: self.ptr,
+            numel: self.numel,
+            dtype: self.dtype,
+            place: self.place,
+            memory: PhantomData,
+        }
     }
 
     /// The elements `range` of this view, for a shorter time.

@@ -3,6 +3,9 @@
 //!
 //! Layers are called directly, with parameters given as tensors: no engine, no units.
 
+// Helpers of tests may unwrap as tests may.
+#![allow(clippy::unwrap_used)]
+
 use serde_json::{Value, json};
 use shardwise_engine::{Context, Layer, Params};
 use shardwise_kernels::philox;

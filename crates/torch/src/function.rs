@@ -92,8 +92,8 @@ unsafe extern "C" fn run(
 ) -> *mut c_char {
     // SAFETY: `context` is the box that `link` leaked and lives as long as the graph node that calls us.
     let closure = unsafe { &*context.cast::<Closure>() };
-    // SAFETY: the shim passes arrays of these lengths (possibly empty) of tensors valid during this call.
     let tensors = |pointer: *const *const AtTensor, len: usize| -> Vec<Option<Tensor>> {
+        // SAFETY: the shim passes arrays of these lengths (possibly empty) of tensors valid during this call.
         (0..len).map(|i| unsafe { borrow(*pointer.add(i)) }).collect()
     };
     let args = BackwardArgs {

@@ -81,7 +81,7 @@ mod tests {
         for i in 0..2000 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let random = (state >> 33) as usize;
-            if live.len() > 20 || (random % 3 == 0 && !live.is_empty()) {
+            if live.len() > 20 || (random.is_multiple_of(3) && !live.is_empty()) {
                 let (tensor, value) = live.swap_remove(random % live.len());
                 assert_eq!(tensor.min().double_value(&[]), f64::from(value));
                 assert_eq!(tensor.max().double_value(&[]), f64::from(value));

@@ -371,6 +371,32 @@ fn threads_and_strides_do_not_change_a_bit() {
 }
 
 #[test]
+fn the_three_of_a_fused_projection_share_memory() {
+    // [seq, q heads + k heads + v heads, dim], read and written in place.
+    let shape = shape(1, 4, 2, 50, 32);
+    let apart = Inputs::random(shape, Layout::PositionsFirst, 1.0);
+    let expected = apart.run(Path::best(&shape), 1);
+    let width = (4 + 2 + 2) * 32;
+    let strides = Strides { batch: 50 * width, head: 32, position: width };
+    let fuse = |parts: [&Tensor; 3]| -> Vec<bf16> {
+        let row = |i: usize| parts.into_iter().flat_map(move |x| &x.data[i * x.heads * 32..][..x.heads * 32]);
+        (0..50).flat_map(row).copied().collect()
+    };
+    let fused = fuse([&apart.q, &apart.k, &apart.v]);
+    let [q, k, v] = [0, 4 * 32, 6 * 32].map(|first| Operand::new(&fused[first..], strides));
+    let mut grad = vec![bf16::NAN; fused.len()];
+    let memory = grad.as_mut_ptr();
+    // SAFETY: heads 0..4, 4..6 and 6..8 of each position: apart, and nobody else touches `grad` meanwhile.
+    let [dq, dk, dv] = [0, 4 * 32, 6 * 32]
+        .map(|first| unsafe { OperandMut::from_raw_parts(memory.add(first), fused.len() - first, strides) });
+    let (out, dout) = (expected.out.read(), apart.dout.read());
+    let threads = Threads::new(2).unwrap();
+    backward(threads, shape, SCALE, q, k, v, out, &expected.lse, dout, dq, dk, dv);
+    let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&grad), bits(&fuse([&expected.dq, &expected.dk, &expected.dv])));
+}
+
+#[test]
 fn gaps_are_left_alone() {
     let shape = shape(2, 3, 1, 35, 64);
     let got = Inputs::random(shape, Layout::Padded, 1.0).run(Path::best(&shape), 2);

@@ -111,6 +111,7 @@ fn the_gradient_of_the_weight_is_added_in_the_documented_order() {
     let (_, inv_rms) = run_forward(Isa::best(), Threads::ONE, &x, &weight);
     let (_, dweight) = run_backward(Isa::best(), Threads::ONE, &x, &weight, &inv_rms, &dy);
     let block_rows = PIECE_NUMEL / width;
+    #[allow(clippy::needless_range_loop)] // a column of two matrices
     for j in 0..width {
         let mut total = 0f32;
         for block in (0..rows).step_by(block_rows) {

@@ -68,7 +68,6 @@ fn kill_in(phase: &str, num_entries: usize) {
         // All others saw it for themselves, if they had the time.
         let blind = |&rank: &usize| !bench.log(rank).contains(&format!("rank `{victim}` died"));
         let blind: Vec<_> = (0..num_ranks).filter(|&rank| rank != victim).filter(blind).collect();
-        if took >= GRACE { for r in 0..num_ranks { eprintln!("DEBUGSLOW {context} rank {r}: {}", bench.log(r)); } }
         assert!(took >= GRACE || blind.is_empty(), "ranks {blind:?} did not see it: {context}");
         worst = worst.max(took);
         sum += took;

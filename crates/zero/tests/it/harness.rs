@@ -28,7 +28,7 @@ impl Model {
     pub fn layouts(&self, num_shards: usize) -> Vec<UnitLayout> {
         let unit = |(index, sizes): (usize, &Vec<usize>)| {
             let name = format!("unit{index}");
-            let key = |i: usize| format!("{i}.{}", if i % 2 == 0 { "weight" } else { "bias" });
+            let key = |i: usize| format!("{i}.{}", if i.is_multiple_of(2) { "weight" } else { "bias" });
             let params = sizes.iter().enumerate();
             let params =
                 params.map(|(i, &numel)| ParamSpec::new(&name, &key(i), &[numel], Init::Zeros)).collect();

@@ -37,7 +37,12 @@ pub(super) fn load_bf16(from: &[bf16]) -> __m512 {
 pub(super) fn store_bf16(to: &mut [bf16], x: __m512) {
     assert!(to.len() >= LANES);
     // SAFETY: 16 elements of 2 bytes are there, and any of 16 bits is a bf16.
-    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute(_mm512_cvtneps_pbh(x))) }
+    unsafe {
+        _mm256_storeu_si256(
+            to.as_mut_ptr().cast(),
+            std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)),
+        )
+    }
 }
 
 /// As [`store_bf16`], to the pairs of a left operand.
@@ -46,7 +51,12 @@ pub(super) fn store_bf16(to: &mut [bf16], x: __m512) {
 pub(super) fn store_pairs(to: &mut [u32], x: __m512) {
     assert!(to.len() >= LANES / 2);
     // SAFETY: 8 elements of 4 bytes are there.
-    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute(_mm512_cvtneps_pbh(x))) }
+    unsafe {
+        _mm256_storeu_si256(
+            to.as_mut_ptr().cast(),
+            std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)),
+        )
+    }
 }
 
 /// Lane by lane the pair (`even`, `odd`) as bf16.
