@@ -13,9 +13,10 @@ const FP32_LOSS_TOLERANCE: f64 = 1e-5;
 const FP32_NORM_TOLERANCE: f64 = 1e-5;
 /// In bf16 every activation keeps 8 bits, and the two sides round at different places (attention, rotary angles, the scores);
 /// averaged over 512 tokens that leaves little (2e-4 was measured).
-const BF16_LOSS_TOLERANCE: f64 = 2e-3;
-/// As a part of the norm, to which every rounded gradient adds its own error (2e-3 was measured).
-const BF16_NORM_TOLERANCE: f64 = 0.02;
+const BF16_LOSS_TOLERANCE: f64 = 1e-3;
+/// As a part of the norm, to which every rounded gradient adds its own error (2e-3 was measured). A backward pass that is
+/// wrong by one percent shows here and nowhere else.
+const BF16_NORM_TOLERANCE: f64 = 5e-3;
 
 /// With accumulation, stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round: fp32 sums of
 /// the same numbers in two orders.
