@@ -18,13 +18,13 @@ demo: build ## train a small Llama on Shakespeare on 2 CPU ranks with ZeRO-2 and
 	target/release/shardwise train examples/demo/run.toml -n 2 --out out/demo --overwrite
 
 test: build ## run all tests
-	$(CARGO) test
+	$(CARGO) test --no-fail-fast
 	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
-	$(CARGO) test --release $(TORCH_CRATES)
+	$(CARGO) test --release --no-fail-fast $(TORCH_CRATES)
 	$(CARGO) run --release -p shardwise-engine --example custom_model
 
 test-fast: ## run the tests of the crates that need no libtorch
-	$(CARGO) test
+	$(CARGO) test --no-fail-fast
 
 bench: build ## run the benchmarks
 	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine
