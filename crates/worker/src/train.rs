@@ -113,6 +113,8 @@ impl Run<'_> {
             let sent_before = engine.zero().group().ledger().total().sent_bytes;
             let start = Instant::now();
             let report = engine.train_step(lr, |microbatch| self.batch(step, microbatch))?;
+            // The step's time and bytes include what is still under way on the side thread.
+            engine.zero().drain()?;
             let step_s = start.elapsed().as_secs_f64();
             applied += u64::from(report.step.outcome == StepOutcome::Applied);
             let sent = engine.zero().group().ledger().total().sent_bytes - sent_before;

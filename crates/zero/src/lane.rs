@@ -107,6 +107,11 @@ impl Lane {
         })
     }
 
+    /// Waits until everything issued so far has run.
+    pub fn drain(&self) -> Result<(), ZeroError> {
+        self.start(|_| Ok(()))?.wait()
+    }
+
     /// The `values` of every rank, in rank order.
     pub fn exchange(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
         let mine: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();

@@ -240,6 +240,14 @@ impl Zero {
         };
     }
 
+    /// Waits until every collective issued so far has run, on the side thread too: what follows is measured alone.
+    ///
+    /// # Errors
+    /// A failed collective.
+    pub fn drain(&self) -> Result<(), ZeroError> {
+        self.lane.drain()
+    }
+
     /// The `values` of every rank, in rank order.
     ///
     /// # Collective
