@@ -15,7 +15,7 @@
 //! their gradients are added in `f32`, in head order. One thread computes all of a key head's outputs,
 //! so the number of threads does not change a bit.
 //!
-//! The vector path needs AVX512-BF16 ([`is_fast`]). Other machines and head sizes ([`supports`]) run the plain
+//! The vector path needs AVX512-BF16 ([`is_fast`]). Other machines and head sizes ([`supports`]) run the
 //! plain reference: right, slow, and with other roundings, unlike this crate's other kernels.
 //!
 //! # Source
