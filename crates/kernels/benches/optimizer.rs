@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use half::bf16;
 use shardwise_device::{Buffer, DType, Element, Place};
-use shardwise_kernels::adamw::{self, AdamW, ComputeCopy, State};
+use shardwise_kernels::optimizer::{Adam, BiasCorrection, ComputeCopy, States, Tensors, WeightDecay};
 use shardwise_kernels::{Threads, add, cast, norm, philox};
 
 const NUMEL: usize = 100_000_000;
@@ -138,15 +138,19 @@ fn use_it<T>(value: T) {
 
 fn adamw(x: &mut Arrays<'_>, threads: Threads, compute: for<'a> fn(&'a mut [bf16]) -> ComputeCopy<'a>) {
     x.step += 1;
-    let hyper = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: x.step };
-    let state = State {
-        grad: x.grad,
-        master: x.master,
-        exp_avg: x.exp_avg,
-        exp_avg_sq: x.exp_avg_sq,
-        compute: compute(x.copy),
+    let adam = Adam {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decay: WeightDecay::Decoupled,
+        bias_correction: BiasCorrection::On,
+        step: x.step,
     };
-    adamw::step_on(threads, &hyper, 0.5, state);
+    let states = States::F32([x.exp_avg, x.exp_avg_sq]);
+    let tensors = Tensors { grad: x.grad, master: x.master, states, compute: compute(x.copy) };
+    adam.step_on(threads, 0.5, tensors);
 }
 
 /// Runs `work` on equal parts of two arrays to read and one to write.

@@ -3,16 +3,17 @@
 //! Kernels take Rust slices and know neither tensors nor ranks. Each is written once, runs with AVX-512, AVX2 or
 //! plain Rust as the machine allows, and gives the same bits on all of them: a run does not change with the
 //! processor it lands on. Functions whose names end in `_on` use several threads, told by the caller, and give the
-//! same bits again. [`attention`] is the exception: its vector path and its plain reference round at different places.
+//! same bits again. [`attention`] is an exception, as its vector path and its plain reference round at different places, and so are
+//! the matrix products of [`optimizer::Muon`].
 //!
 //! Slices that must match in length and do not are a caller's bug, and panic, as slices do.
 
-pub mod adamw;
 pub mod add;
 pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
 pub mod norm;
+pub mod optimizer;
 pub mod philox;
 pub mod reduce;
 pub mod rms_norm;

@@ -105,12 +105,12 @@ impl Stream {
     }
 }
 
-const fn halves(x: u64) -> [u32; 2] {
+pub(crate) const fn halves(x: u64) -> [u32; 2] {
     [x as u32, (x >> 32) as u32]
 }
 
 /// FNV-1a, 64 bits: stable for good, as saved models and sampler states depend on it.
-const fn fnv1a(bytes: &[u8]) -> u64 {
+pub(crate) const fn fnv1a(bytes: &[u8]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut i = 0;
     while i < bytes.len() {
@@ -122,7 +122,7 @@ const fn fnv1a(bytes: &[u8]) -> u64 {
 
 /// Ten rounds of Philox on one counter (section 4.3 of the paper).
 #[inline(always)]
-fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+pub(crate) fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut x0, mut x1, mut x2, mut x3], [mut k0, mut k1]) = (counter, key);
     for _ in 0..10 {
         let p0 = u64::from(x0) * 0xd251_1f53;

@@ -1,6 +1,6 @@
 //! The pass over memory: a few lanes of every array at a time.
 
-use super::Factors;
+use super::Rule;
 use crate::isa::Kernel;
 use crate::simd::{Float16, Scalar, Simd};
 
@@ -65,105 +65,67 @@ impl<T: Float16> Copy16 for Streamed<'_, T> {
     }
 }
 
-/// One piece of a step.
-pub(super) struct Pass<'a, C> {
-    pub factors: Factors,
+/// One piece of a step with fp32 states.
+pub(super) struct Pass<'a, R, C, const K: usize> {
+    pub rule: R,
     pub grad: &'a [f32],
     pub master: &'a mut [f32],
-    pub exp_avg: &'a mut [f32],
-    pub exp_avg_sq: &'a mut [f32],
+    pub states: [&'a mut [f32]; K],
     pub compute: C,
 }
 
-impl<'a> Pass<'a, ()> {
+impl<'a, R, const K: usize> Pass<'a, R, (), K> {
     /// The same, writing a 16-bit copy.
-    pub fn writing<C>(self, compute: C) -> Pass<'a, C> {
-        let Pass { factors, grad, master, exp_avg, exp_avg_sq, compute: () } = self;
-        Pass { factors, grad, master, exp_avg, exp_avg_sq, compute }
+    pub fn writing<C>(self, compute: C) -> Pass<'a, R, C, K> {
+        let Pass { rule, grad, master, states, compute: () } = self;
+        Pass { rule, grad, master, states, compute }
     }
 }
 
-impl<C: Copy16> Kernel for Pass<'_, C> {
+impl<R: Rule<K>, C: Copy16, const K: usize> Kernel for Pass<'_, R, C, K> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let numel = self.grad.len();
-        assert!(self.master.len() == numel && self.exp_avg.len() == numel);
-        assert!(self.exp_avg_sq.len() == numel && self.compute.numel_or(numel) == numel);
+        assert!(self.master.len() == numel && self.compute.numel_or(numel) == numel);
+        assert!(self.states.iter().all(|state| state.len() == numel));
         let head = self.compute.head_numel(S::LANES).min(numel);
         let whole = numel - (numel - head) % S::LANES;
-        let factors = Lanes::new(simd, self.factors);
         for at in (head..whole).step_by(S::LANES) {
             // SAFETY: `at + LANES <= whole <= numel`, the length of every slice (asserted), beginning at the head.
-            unsafe { self.update(simd, &factors, at) }
+            unsafe { self.update(simd, at) }
         }
-        let factors = Lanes::new(Scalar, self.factors);
         for at in (0..head).chain(whole..numel) {
             // SAFETY: `at < numel`, and a scalar is one lane.
-            unsafe { self.update(Scalar, &factors, at) }
+            unsafe { self.update(Scalar, at) }
         }
         self.compute.finish(simd);
     }
 }
 
-/// [`Factors`] in every lane.
-struct Lanes<V> {
-    grad_scale: V,
-    beta1: V,
-    one_minus_beta1: V,
-    beta2: V,
-    one_minus_beta2: V,
-    denom_scale: V,
-    eps: V,
-    decay: V,
-    minus_step_size: V,
-}
-
-impl<V> Lanes<V> {
-    #[inline(always)]
-    fn new<S: Simd<Vector = V>>(simd: S, factors: Factors) -> Self {
-        Lanes {
-            grad_scale: simd.splat(factors.grad_scale),
-            beta1: simd.splat(factors.beta1),
-            one_minus_beta1: simd.splat(factors.one_minus_beta1),
-            beta2: simd.splat(factors.beta2),
-            one_minus_beta2: simd.splat(factors.one_minus_beta2),
-            denom_scale: simd.splat(factors.denom_scale),
-            eps: simd.splat(factors.eps),
-            decay: simd.splat(factors.decay),
-            minus_step_size: simd.splat(factors.minus_step_size),
-        }
-    }
-}
-
-impl<C: Copy16> Pass<'_, C> {
-    /// The whole algorithm, for the lanes at `at`.
-    ///
+impl<R: Rule<K>, C: Copy16, const K: usize> Pass<'_, R, C, K> {
     /// # Safety
     /// `at..at + S::LANES` lies inside every slice, and `at` is as [`Copy16::store`] asks.
     #[inline(always)]
-    unsafe fn update<S: Simd>(&mut self, simd: S, k: &Lanes<S::Vector>, at: usize) {
-        // SAFETY: in range by the caller's promise.
-        let (g, m, v, p) = unsafe {
-            (
-                simd.load(self.grad.as_ptr().add(at)),
-                simd.load(self.exp_avg.as_ptr().add(at)),
-                simd.load(self.exp_avg_sq.as_ptr().add(at)),
-                simd.load(self.master.as_ptr().add(at)),
-            )
-        };
-        let g = simd.mul(g, k.grad_scale);
-        let m = simd.mul_add(k.one_minus_beta1, g, simd.mul(k.beta1, m));
-        let v = simd.mul_add(simd.mul(k.one_minus_beta2, g), g, simd.mul(k.beta2, v));
-        let denom = simd.mul_add(simd.sqrt(v), k.denom_scale, k.eps);
-        let p = simd.mul_add(k.minus_step_size, simd.div(m, denom), simd.mul(p, k.decay));
+    unsafe fn update<S: Simd>(&mut self, simd: S, at: usize) {
+        let mut states = [simd.splat(0.0); K];
+        for (lanes, state) in states.iter_mut().zip(&self.states) {
+            // SAFETY: in range by the caller's promise.
+            *lanes = unsafe { simd.load(state.as_ptr().add(at)) };
+        }
+        // SAFETY: as above.
+        let (grad, param) =
+            unsafe { (simd.load(self.grad.as_ptr().add(at)), simd.load(self.master.as_ptr().add(at))) };
+        let (param, states) = self.rule.update(simd, grad, param, states);
+        for (lanes, state) in states.into_iter().zip(&mut self.states) {
+            // SAFETY: as above.
+            unsafe { simd.store(state.as_mut_ptr().add(at), lanes) }
+        }
         // SAFETY: as above.
         unsafe {
-            simd.store(self.exp_avg.as_mut_ptr().add(at), m);
-            simd.store(self.exp_avg_sq.as_mut_ptr().add(at), v);
-            simd.store(self.master.as_mut_ptr().add(at), p);
-            self.compute.store(simd, at, p);
+            simd.store(self.master.as_mut_ptr().add(at), param);
+            self.compute.store(simd, at, param);
         }
     }
 }
