@@ -7,8 +7,8 @@
 
 use std::mem::replace;
 
-use half::bf16;
-use shardwise_device::{DType, Slice};
+use half::{bf16, f16};
+use shardwise_device::{DType, Slice, SliceMut};
 use shardwise_kernels::adamw::{self, AdamW, ComputeCopy};
 use shardwise_kernels::{convert, norm};
 
@@ -205,7 +205,7 @@ impl Zero {
         };
         let (exp_avg, exp_avg_sq) =
             (trained.exp_avg.typed_mut::<f32>()?, trained.exp_avg_sq.typed_mut::<f32>()?);
-        let mut pass = |master: &mut [f32], mut copy: Option<&mut [bf16]>| {
+        let mut pass = |master: &mut [f32], mut copy: Option<SliceMut<'_>>| -> Result<(), ZeroError> {
             for (range, weight_decay) in &trained.decay {
                 let hyper = AdamW { weight_decay: *weight_decay as f32, ..*hyper };
                 let state = adamw::State {
@@ -213,17 +213,19 @@ impl Zero {
                     master: &mut master[range.clone()],
                     exp_avg: &mut exp_avg[range.clone()],
                     exp_avg_sq: &mut exp_avg_sq[range.clone()],
-                    compute: match &mut copy {
-                        Some(copy) => ComputeCopy::Bf16(&mut copy[range.clone()]),
+                    compute: match copy.as_mut().map(|copy| copy.range_mut(range.clone())) {
                         None => ComputeCopy::None,
+                        Some(copy) if copy.dtype() == DType::F16 => ComputeCopy::F16(copy.typed::<f16>()?),
+                        Some(copy) => ComputeCopy::Bf16(copy.typed::<bf16>()?),
                     },
                 };
                 adamw::step_on(threads, &hyper, grad_scale, state);
             }
+            Ok(())
         };
         match &mut trained.master {
-            Some(master) => pass(master.typed_mut()?, Some(copy.typed()?)),
-            None => pass(copy.typed()?, None),
+            Some(master) => pass(master.typed_mut()?, Some(copy))?,
+            None => pass(copy.typed()?, None)?,
         }
         if !self.options.stage.shards_optimizer() {
             return Ok(());
