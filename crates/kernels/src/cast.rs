@@ -79,9 +79,9 @@ fn cast_with<A: Element, B: Element>(isa: Isa, threads: Threads, from: &[A], to:
     for_each_piece(threads, (from, to), |(from, to)| isa.run(Cast { from, to }));
 }
 
-struct Cast<'a, A, B> {
-    from: &'a [A],
-    to: &'a mut [B],
+pub(crate) struct Cast<'a, A, B> {
+    pub from: &'a [A],
+    pub to: &'a mut [B],
 }
 
 impl<A: Element, B: Element> Cast<'_, A, B> {

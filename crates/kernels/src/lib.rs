@@ -11,6 +11,7 @@
 pub mod add;
 pub mod attention;
 pub mod cast;
+pub mod convert;
 pub mod cross_entropy;
 pub mod norm;
 pub mod optimizer;

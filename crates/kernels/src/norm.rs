@@ -6,10 +6,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use half::{bf16, f16};
+use shardwise_device::{DType, Slice};
+
 use crate::Threads;
+use crate::cast::Cast;
 use crate::isa::{Isa, Kernel};
 use crate::parallel::{PIECE_NUMEL, Split, for_each_piece};
-use crate::simd::{SUM_LANES, Scalar, Simd};
+use crate::simd::{Element, SUM_LANES, Scalar, Simd};
 
 /// Elements that are summed apart before blocks are added.
 pub const BLOCK_NUMEL: usize = 1 << 16;
@@ -40,6 +44,34 @@ pub fn sum_of_squares_on(threads: Threads, x: &[f32]) -> f64 {
     sums.iter().fold(0.0, |total, sum| total + sum)
 }
 
+/// [`sum_of_squares_on`] of numbers of any type: the bits of the sum over the same numbers in `f32`.
+///
+/// # Panics
+/// If `x` holds bytes.
+pub fn sum_of_squares_of(threads: Threads, x: Slice<'_>) -> f64 {
+    const SAME: &str = "the arm's own type";
+    match x.dtype() {
+        DType::F32 => sum_of_squares_on(threads, x.typed().expect(SAME)),
+        DType::Bf16 => sum_of_widened_squares(Isa::best(), threads, x.typed::<bf16>().expect(SAME)),
+        DType::F16 => sum_of_widened_squares(Isa::best(), threads, x.typed::<f16>().expect(SAME)),
+        DType::U8 => panic!("bytes are no numbers to compute with"),
+    }
+}
+
+/// Widens a block at a time, in the cache.
+fn sum_of_widened_squares<T: Element>(isa: Isa, threads: Threads, x: &[T]) -> f64 {
+    let mut sums = vec![0.0; x.len().div_ceil(BLOCK_NUMEL)];
+    for_each_piece(threads, BlockSums { x, sums: &mut sums }, |piece| {
+        let mut wide = vec![0f32; BLOCK_NUMEL.min(piece.x.len())];
+        for (block, sum) in piece.x.chunks(BLOCK_NUMEL).zip(piece.sums) {
+            let wide = &mut wide[..block.len()];
+            isa.run(Cast { from: block, to: wide });
+            *sum = isa.run(SumOfSquares(wide));
+        }
+    });
+    sums.iter().fold(0.0, |total, sum| total + sum)
+}
+
 /// Whether no element is infinite or NaN.
 pub fn all_finite(x: &[f32]) -> bool {
     all_finite_with(Isa::best(), x)
@@ -47,6 +79,10 @@ pub fn all_finite(x: &[f32]) -> bool {
 
 /// [`all_finite`] on several threads.
 pub fn all_finite_on(threads: Threads, x: &[f32]) -> bool {
+    every_piece_finite(threads, x)
+}
+
+fn every_piece_finite<T: Element>(threads: Threads, x: &[T]) -> bool {
     let isa = Isa::best();
     let finite = AtomicBool::new(true);
     // Only the threads' joining publishes anything: the flag itself needs no order.
@@ -58,21 +94,35 @@ pub fn all_finite_on(threads: Threads, x: &[f32]) -> bool {
     finite.into_inner()
 }
 
+/// [`all_finite_on`] of numbers of any type.
+///
+/// # Panics
+/// If `x` holds bytes.
+pub fn all_finite_of(threads: Threads, x: Slice<'_>) -> bool {
+    const SAME: &str = "the arm's own type";
+    match x.dtype() {
+        DType::F32 => every_piece_finite(threads, x.typed::<f32>().expect(SAME)),
+        DType::Bf16 => every_piece_finite(threads, x.typed::<bf16>().expect(SAME)),
+        DType::F16 => every_piece_finite(threads, x.typed::<f16>().expect(SAME)),
+        DType::U8 => panic!("bytes are no numbers to compute with"),
+    }
+}
+
 fn sum_of_squares_with(isa: Isa, x: &[f32]) -> f64 {
     x.chunks(BLOCK_NUMEL).fold(0.0, |total, block| total + isa.run(SumOfSquares(block)))
 }
 
-fn all_finite_with(isa: Isa, x: &[f32]) -> bool {
+fn all_finite_with<T: Element>(isa: Isa, x: &[T]) -> bool {
     x.chunks(BLOCK_NUMEL).all(|block| isa.run(AllFinite(block)))
 }
 
 /// Elements, and a place for the sum of each block of them.
-struct BlockSums<'a> {
-    x: &'a [f32],
+struct BlockSums<'a, T> {
+    x: &'a [T],
     sums: &'a mut [f64],
 }
 
-impl Split for BlockSums<'_> {
+impl<T: Sync> Split for BlockSums<'_, T> {
     fn numel(&self) -> usize {
         self.x.len()
     }
@@ -114,20 +164,20 @@ impl Kernel for SumOfSquares<'_> {
 }
 
 /// Whether a block is finite: `0 * x` is zero for a finite `x` and NaN for any other, and a sum keeps a NaN.
-struct AllFinite<'a>(&'a [f32]);
+struct AllFinite<'a, T>(&'a [T]);
 
-impl AllFinite<'_> {
+impl<T: Element> AllFinite<'_, T> {
     /// # Safety
     /// `at + S::LANES` is at most the length.
     #[inline(always)]
     unsafe fn add<S: Simd>(&self, simd: S, sum: S::Vector, at: usize) -> S::Vector {
         // SAFETY: in range by the caller's promise.
-        let x = unsafe { simd.load(self.0.as_ptr().add(at)) };
+        let x = unsafe { T::load(simd, self.0.as_ptr().add(at)) };
         simd.add(sum, simd.mul(x, simd.splat(0.0)))
     }
 }
 
-impl Kernel for AllFinite<'_> {
+impl<T: Element> Kernel for AllFinite<'_, T> {
     type Output = bool;
 
     #[inline(always)]
@@ -226,6 +276,39 @@ mod tests {
             }
         }
         assert!(all_finite_on(Threads::new(2).unwrap(), &x));
+    }
+
+    #[test]
+    fn every_16_bit_number_counts_as_it_does_in_f32() {
+        // All bit patterns, finite and not, over more than one block and piece.
+        let bits = |i: usize| (i.wrapping_mul(0x9e37) >> 2) as u16;
+        let numel = PIECE_NUMEL + 3 * BLOCK_NUMEL + 45;
+        let finite16: Vec<f16> = (0..numel)
+            .map(|i| f16::from_bits(bits(i)))
+            .map(|x| if x.is_finite() { x } else { f16::ONE })
+            .collect();
+        let finiteb: Vec<bf16> = (0..numel).map(|i| bf16::from_f32(finite16[i].to_f32())).collect();
+        for threads in [1, 3].map(|count| Threads::new(count).unwrap()) {
+            let wide: Vec<f32> = finite16.iter().map(|x| x.to_f32()).collect();
+            let sum = sum_of_squares_of(threads, Slice::of(&finite16));
+            assert_eq!(sum.to_bits(), sum_of_squares(&wide).to_bits());
+            let wide: Vec<f32> = finiteb.iter().map(|x| x.to_f32()).collect();
+            let sum = sum_of_squares_of(threads, Slice::of(&finiteb));
+            assert_eq!(sum.to_bits(), sum_of_squares(&wide).to_bits());
+            assert_eq!(sum.to_bits(), sum_of_squares_of(threads, Slice::of(&wide)).to_bits());
+            assert!(all_finite_of(threads, Slice::of(&finite16)));
+            assert!(all_finite_of(threads, Slice::of(&finiteb)));
+        }
+        for x in (0..=u16::MAX).map(f16::from_bits) {
+            for isa in Isa::all() {
+                assert_eq!(all_finite_with(isa, &[f16::ONE, x]), x.is_finite(), "{isa:?}, {x:?}");
+            }
+            let x = bf16::from_bits(x.to_bits());
+            let mut many = [bf16::MAX; 40];
+            many[usize::from(x.to_bits()) % 40] = x;
+            assert_eq!(all_finite_of(Threads::ONE, Slice::of(&many)), x.is_finite(), "{x:?}");
+            assert_eq!(sum_of_squares_of(Threads::ONE, Slice::of(&many)).is_finite(), x.is_finite());
+        }
     }
 
     proptest! {

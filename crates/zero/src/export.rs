@@ -51,6 +51,7 @@ impl Zero {
             let copy = unsafe { Slice::from_raw(ptr, numel, self.options.compute, Place::Cpu) };
             match copy.dtype() {
                 DType::Bf16 => cast::bf16_to_f32(copy.typed()?, full.typed_mut()?),
+                DType::F16 => cast::f16_to_f32(copy.typed()?, full.typed_mut()?),
                 _ => full.typed_mut::<f32>()?.copy_from_slice(copy.typed()?),
             }
             self.release(unit);

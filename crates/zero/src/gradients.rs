@@ -1,4 +1,4 @@
-//! Gradients: from a layer's tensors to this rank's fp32 shard.
+//! Gradients: from a layer's tensors to this rank's gradient of the unit.
 //!
 //! ```text
 //!                    first micro-batch          later ones                     last one
@@ -9,24 +9,37 @@
 //! Stage 1 reduce-scatters its whole gradient into a spare shard, which is copied into the rank's own range: the step
 //! finds it there, as in stage 0.
 //!
-//! Without a side thread a reduction reads the gradients where libtorch left them ([`Part`] lists); with one they
-//! are first flattened into a buffer that can be moved to it. At most [`MAX_REDUCING`] such buffers are under way: without a
-//! bound, a backward pass that outruns its reductions would hold the gradients of the whole model.
+//! What is sent may be divided and cast first (`reduction.rs`); then, and where there is a side thread, it is written to a
+//! flat buffer. Otherwise a reduction reads the gradients where libtorch left them ([`Part`] lists). At most
+//! [`MAX_REDUCING`] such buffers are under way on the side thread: without a bound, a backward pass that outruns its
+//! reductions would hold the gradients of the whole model.
+//!
+//! Ranks are summed in f32. A unit's gradient of another type is rounded from that sum, so there the sum has a spare
+//! shard in f32 for a moment.
 
 use std::mem::replace;
+use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_comm::Part;
-use shardwise_device::{Buffer, DType, DeviceError, Slice, SliceMut};
-use shardwise_kernels::{Threads, add, cast};
+use shardwise_device::{Buffer, DType, Slice};
+use shardwise_kernels::convert;
+use shardwise_plan::memory::NUM_REDUCING;
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
-use crate::unit::{GradState, Unit};
+use crate::unit::{GradState, Landing, Unit};
 use crate::{Zero, ZeroError};
 
 /// Reductions under way on the side thread: one runs while the next is being filled.
-const MAX_REDUCING: usize = 2;
+const MAX_REDUCING: usize = NUM_REDUCING - 1;
+
+/// What a reduced shard does to what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fold {
+    Set,
+    Add,
+}
 
 impl Zero {
     /// Takes the gradients of one unit in one micro-batch: one for each of its parameters, in their order and in the
@@ -88,17 +101,13 @@ impl Zero {
         };
         let mut rest = full.view_mut();
         for part in parts {
-            let (numel, data) = match part {
-                Part::Data(data) => (data.numel(), Some(data)),
-                Part::Zeros(numel) => (*numel, None),
-            };
-            let (here, after) = rest.split_at(numel);
+            let (here, after) = rest.split_at(part.numel());
             rest = after;
-            match (data, microbatch) {
-                (Some(data), 0) => widen(threads, data, here)?,
-                (Some(data), _) => widen_add(threads, data, here)?,
-                (None, 0) => here.typed::<f32>()?.fill(0.0),
-                (None, _) => {}
+            match (part, microbatch) {
+                (Part::Data(data), 0) => convert::scale_on(threads, *data, 1.0, here),
+                (Part::Data(data), _) => convert::accumulate_on(threads, here, *data),
+                (Part::Zeros(_), 0) => here.bytes().fill(0),
+                (Part::Zeros(_), _) => {}
             }
         }
         Ok(())
@@ -106,24 +115,34 @@ impl Zero {
 
     /// Reduces the whole unit's gradient of all micro-batches.
     fn reduce_accumulated(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let range = self.units[unit].layout.shard_range(self.group_rank);
-        let GradState::Full(mut full) = replace(self.grad_mut(unit), GradState::Moving) else {
+        let shard_numel = self.units[unit].layout.shard_numel();
+        let is_stage_0 = self.options.stage == ZeroStage::Zero;
+        let GradState::Full(full) = replace(self.grad_mut(unit), GradState::Moving) else {
             unreachable!("as in `accumulate`")
         };
-        let state = if self.options.stage == ZeroStage::Zero {
-            GradState::ReducingFull(self.lane.all_reduce(full)?)
+        let sends_as_is = self.reduction.sends_as_is(full.dtype());
+        if is_stage_0 && sends_as_is {
+            *self.grad_mut(unit) = GradState::ReducingFull(self.lane.all_reduce(full)?);
+            return Ok(());
+        }
+        let (input, landing) = if sends_as_is {
+            (full, Landing::Input)
         } else {
-            let mut spare = self.pool.take(DType::F32, range.len())?;
-            if self.lane.is_inline() {
-                self.lane
-                    .inline(|group| group.reduce_scatter(&[Part::Data(full.view())], spare.view_mut()))?;
-                full.typed_mut::<f32>()?[range].copy_from_slice(spare.typed()?);
-                self.pool.give_back(spare);
-                GradState::Full(full)
-            } else {
-                let all = 0..range.len();
-                GradState::ReducingShard { work: self.lane.reduce_scatter(full, spare, all)?, add_to: None }
-            }
+            let sent = self.outgoing(full.dtype(), &[Part::Data(full.view())])?;
+            (sent, Landing::Set(full))
+        };
+        let spare = self.pool.take(DType::F32, shard_numel)?;
+        let work = self.lane.reduce_scatter(input, spare, 0..shard_numel)?;
+        let state = if is_stage_0 {
+            // The sum must be here before it can go on to the others; the all-gather overlaps.
+            let GradState::Full(full) = self.land(unit, work, landing)? else {
+                unreachable!("stage 0 keeps the whole gradient")
+            };
+            GradState::ReducingFull(self.lane.all_gather_in_place(full)?)
+        } else if self.lane.is_inline() {
+            self.land(unit, work, landing)?
+        } else {
+            GradState::ReducingShard { work, landing }
         };
         *self.grad_mut(unit) = state;
         Ok(())
@@ -132,90 +151,76 @@ impl Zero {
     /// Reduces one micro-batch's gradient straight away.
     fn reduce_now(&mut self, unit: usize, microbatch: usize, parts: &[Part<'_>]) -> Result<(), ZeroError> {
         let range = self.units[unit].layout.shard_range(self.group_rank);
-        let first = microbatch == 0;
-        match replace(self.grad_mut(unit), GradState::Moving) {
+        let fold = if microbatch == 0 { Fold::Set } else { Fold::Add };
+        let state = match replace(self.grad_mut(unit), GradState::Moving) {
             GradState::Full(full) => {
-                let full = self.reduce_into(parts, full, range)?;
-                let pending = match full {
-                    Pending::Ready(full) => self.lane.all_gather_in_place(full)?,
-                    Pending::UnderWay(_) => {
-                        // The reduction must be here before its buffer can go on; the all-gather overlaps.
-                        let full = full.wait()?;
-                        self.lane.all_gather_in_place(full)?
-                    }
-                };
-                *self.grad_mut(unit) = GradState::ReducingFull(pending);
+                // As in `reduce_accumulated`.
+                let full = self.reduce_into(parts, full, range, fold)?;
+                GradState::ReducingFull(self.lane.all_gather_in_place(full)?)
             }
             GradState::Shard(shard) if self.lane.is_inline() => {
                 let all = 0..shard.numel();
-                let shard = if first {
-                    self.reduce_into(parts, shard, all)?.wait()?
-                } else {
-                    let spare = self.pool.take(DType::F32, shard.numel())?;
-                    let spare = self.reduce_into(parts, spare, all)?.wait()?;
-                    let shard = self.add(shard, &spare)?;
-                    self.pool.give_back(spare);
-                    shard
-                };
-                *self.grad_mut(unit) = GradState::Shard(shard);
+                GradState::Shard(self.reduce_into(parts, shard, all, fold)?)
             }
             GradState::Shard(shard) => {
-                let flat = self.flatten(parts)?;
+                let flat = self.outgoing(self.options.compute, parts)?;
                 let all = 0..shard.numel();
-                let (output, add_to) = match first {
-                    true => (shard, None),
-                    false => (self.pool.take(DType::F32, all.len())?, Some(shard)),
+                let (output, landing) = match fold {
+                    Fold::Set if shard.dtype() == DType::F32 => (shard, Landing::Output),
+                    Fold::Set => (self.pool.take(DType::F32, all.len())?, Landing::Set(shard)),
+                    Fold::Add => (self.pool.take(DType::F32, all.len())?, Landing::Add(shard)),
                 };
                 let work = self.lane.reduce_scatter(flat, output, all)?;
-                *self.grad_mut(unit) = GradState::ReducingShard { work, add_to };
+                GradState::ReducingShard { work, landing }
             }
             _ => unreachable!("settled by the caller"),
-        }
+        };
+        *self.grad_mut(unit) = state;
         Ok(())
     }
 
-    /// Reduce-scatters `parts` into `range` of `output`.
+    /// Reduce-scatters one micro-batch's `parts` into `range` of `buffer`, and waits.
     fn reduce_into(
         &mut self,
         parts: &[Part<'_>],
-        mut output: Buffer,
-        range: std::ops::Range<usize>,
-    ) -> Result<Pending<Buffer>, ZeroError> {
-        if self.lane.is_inline() {
-            self.lane.inline(|group| group.reduce_scatter(parts, output.view_mut().into_range(range)))?;
-            return Ok(Pending::Ready(output));
+        buffer: Buffer,
+        range: Range<usize>,
+        fold: Fold,
+    ) -> Result<Buffer, ZeroError> {
+        if fold == Fold::Set && buffer.dtype() == DType::F32 {
+            return self.reduce_scatter(parts, buffer, range);
         }
-        let flat = self.flatten(parts)?;
+        let mut buffer = buffer;
+        let spare = self.pool.take(DType::F32, range.len())?;
+        let spare = self.reduce_scatter(parts, spare, 0..range.len())?;
+        self.fold(fold, &spare, &mut buffer, range);
+        self.pool.give_back(spare);
+        Ok(buffer)
+    }
+
+    /// Reduce-scatters one micro-batch's `parts` into `range` of `output`, which is in f32, and waits.
+    fn reduce_scatter(
+        &mut self,
+        parts: &[Part<'_>],
+        mut output: Buffer,
+        range: Range<usize>,
+    ) -> Result<Buffer, ZeroError> {
+        let compute = self.options.compute;
+        if self.lane.is_inline() && self.reduction.sends_as_is(compute) {
+            self.lane.inline(|group| group.reduce_scatter(parts, output.view_mut().into_range(range)))?;
+            return Ok(output);
+        }
+        let flat = self.outgoing(compute, parts)?;
         let (flat, output) = self.lane.reduce_scatter(flat, output, range)?.wait()?;
         self.pool.give_back(flat);
-        Ok(Pending::Ready(output))
+        Ok(output)
     }
 
     /// Waits for what is under way on a unit's gradient.
     pub(crate) fn settle(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let range = self.units[unit].layout.shard_range(self.group_rank);
-        let keeps_full = self.options.stage.keeps_whole_gradients(self.options.grad_accum_steps);
         let state = match replace(self.grad_mut(unit), GradState::Moving) {
             GradState::ReducingFull(pending) => GradState::Full(pending.wait()?),
-            GradState::ReducingShard { work, add_to } => {
-                let (input, output) = work.wait()?;
-                if keeps_full {
-                    let mut full = input;
-                    full.typed_mut::<f32>()?[range].copy_from_slice(output.typed()?);
-                    self.pool.give_back(output);
-                    GradState::Full(full)
-                } else {
-                    self.pool.give_back(input);
-                    GradState::Shard(match add_to {
-                        None => output,
-                        Some(shard) => {
-                            let shard = self.add(shard, &output)?;
-                            self.pool.give_back(output);
-                            shard
-                        }
-                    })
-                }
-            }
+            GradState::ReducingShard { work, landing } => self.land(unit, work, landing)?,
             GradState::Moving => return Err(self.lost(unit)),
             settled => settled,
         };
@@ -223,24 +228,56 @@ impl Zero {
         Ok(())
     }
 
-    fn add(&self, mut shard: Buffer, more: &Buffer) -> Result<Buffer, ZeroError> {
-        add::add_assign_on(self.threads(), shard.typed_mut()?, more.typed()?);
-        Ok(shard)
+    /// Waits for a reduced shard and puts it where it belongs.
+    fn land(
+        &mut self,
+        unit: usize,
+        work: Pending<(Buffer, Buffer)>,
+        landing: Landing,
+    ) -> Result<GradState, ZeroError> {
+        let (input, output) = work.wait()?;
+        let (mut buffer, fold) = match landing {
+            Landing::Output => {
+                self.pool.give_back(input);
+                return Ok(GradState::Shard(output));
+            }
+            Landing::Input => (input, Fold::Set),
+            Landing::Set(buffer) => {
+                self.pool.give_back(input);
+                (buffer, Fold::Set)
+            }
+            Landing::Add(buffer) => {
+                self.pool.give_back(input);
+                (buffer, Fold::Add)
+            }
+        };
+        let keeps_full = self.options.stage.keeps_whole_gradients(self.options.grad_accum_steps);
+        let range =
+            if keeps_full { self.units[unit].layout.shard_range(self.group_rank) } else { 0..output.numel() };
+        self.fold(fold, &output, &mut buffer, range);
+        self.pool.give_back(output);
+        Ok(if keeps_full { GradState::Full(buffer) } else { GradState::Shard(buffer) })
     }
 
-    /// One buffer with all parts, for a reduction that must own its input.
-    fn flatten(&mut self, parts: &[Part<'_>]) -> Result<Buffer, ZeroError> {
-        let numel = |part: &Part<'_>| match part {
-            Part::Data(data) => data.numel(),
-            Part::Zeros(numel) => *numel,
-        };
-        let mut flat = self.pool.take(self.options.compute, parts.iter().map(numel).sum())?;
+    /// Puts a reduced shard, in f32, into `range` of a unit's gradient.
+    fn fold(&self, fold: Fold, shard: &Buffer, buffer: &mut Buffer, range: Range<usize>) {
+        let place = buffer.view_mut().into_range(range);
+        match fold {
+            Fold::Set => convert::scale_on(self.threads(), shard.view(), 1.0, place),
+            Fold::Add => convert::accumulate_on(self.threads(), place, shard.view()),
+        }
+    }
+
+    /// `parts` of type `own`, flat, as they go on the wire.
+    fn outgoing(&mut self, own: DType, parts: &[Part<'_>]) -> Result<Buffer, ZeroError> {
+        let numel = parts.iter().map(Part::numel).sum();
+        let mut flat = self.pool.take(self.reduction.wire(own), numel)?;
         let mut rest = flat.view_mut();
         for part in parts {
-            let (here, after) = rest.split_at(numel(part));
+            let (here, after) = rest.split_at(part.numel());
             rest = after;
             match part {
-                Part::Data(data) => here.bytes().copy_from_slice(data.bytes()),
+                Part::Data(data) => convert::scale_on(self.threads(), *data, self.reduction.before, here),
                 Part::Zeros(_) => here.bytes().fill(0),
             }
         }
@@ -263,6 +300,7 @@ fn parts_of<'a>(
     // States the type for a rank that happens to have no gradient at all where others have some.
     parts.push(Part::Data(match compute {
         DType::Bf16 => Slice::of::<bf16>(&[]),
+        DType::F16 => Slice::of::<f16>(&[]),
         _ => Slice::of::<f32>(&[]),
     }));
     let mut at = 0;
@@ -295,26 +333,4 @@ fn parts_of<'a>(
         parts.push(Part::Zeros(layout.padded_numel - at));
     }
     Ok(parts)
-}
-
-/// `out = data`, in f32.
-fn widen(threads: Threads, data: &Slice<'_>, out: SliceMut<'_>) -> Result<(), DeviceError> {
-    let out = out.typed::<f32>()?;
-    match data.dtype() {
-        DType::F32 => out.copy_from_slice(data.typed()?),
-        DType::Bf16 => cast::bf16_to_f32_on(threads, data.typed::<bf16>()?, out),
-        got => return Err(DeviceError::WrongDType { expected: DType::Bf16, got }),
-    }
-    Ok(())
-}
-
-/// `out += data`, in f32.
-fn widen_add(threads: Threads, data: &Slice<'_>, out: SliceMut<'_>) -> Result<(), DeviceError> {
-    let out = out.typed::<f32>()?;
-    match data.dtype() {
-        DType::F32 => add::add_assign_on(threads, out, data.typed()?),
-        DType::Bf16 => add::add_assign_bf16_on(threads, out, data.typed::<bf16>()?),
-        got => return Err(DeviceError::WrongDType { expected: DType::Bf16, got }),
-    }
-    Ok(())
 }

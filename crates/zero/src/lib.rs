@@ -20,10 +20,11 @@
 //! | fp32 gradient, with accumulation | all | all | shard | shard |
 //! | master weights, moments | all | shard | shard | shard |
 //!
-//! In fp32 the compute copy is the master copy.
+//! In fp32 the compute copy is the master copy. In fp16 the caller starts each backward pass with
+//! [`Zero::loss_scale`] as the gradient of the loss; [`LossScaler`] says how that scale moves.
 //!
-//! **Numbers.** Gradients of ranks are added in rank order in f32; the mean over ranks and micro-batches is one factor
-//! in the step. Without accumulation every stage adds the same numbers in the same order, so all stages give the same
+//! **Numbers.** Gradients of ranks are added in rank order in f32; the mean over ranks and micro-batches, like the loss
+//! scale, is one factor in the step ([`ReductionOptions`] has other ways). Without accumulation every stage adds the same numbers in the same order, so all stages give the same
 //! bits; with accumulation stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round.
 
 mod error;
@@ -32,11 +33,17 @@ mod gradients;
 mod lane;
 mod optimizer;
 mod options;
+mod reduction;
 mod report;
+mod scaler;
 mod unit;
 mod zero;
 
 pub use error::ZeroError;
-pub use options::{AdamWOptions, Overlap, ZeroOptions};
-pub use report::{SkipReason, StateBytes, StepOutcome, StepReport};
+pub use options::{AdamWOptions, OnNonFinite, Overlap, ZeroOptions};
+pub use reduction::{GradientOp, Predivide, ReductionOptions};
+pub use report::{Divergence, SkipReason, StateBytes, StepOutcome, StepReport};
+pub use scaler::{
+    DynamicLossScale, Found, HysteresisRefill, LossScaler, LossScalerState, LossScaling, Verdict,
+};
 pub use zero::{Fill, Zero};

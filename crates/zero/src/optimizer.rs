@@ -1,25 +1,30 @@
 //! The step: one norm, one decision, one pass over the owned state.
 //!
-//! The gradient held by a unit is the sum over ranks and micro-batches; the mean, like clipping, is a factor of the
-//! fused update. The norm adds squares in f64: within a shard in a fixed order, then shards in unit order, then ranks in
+//! The gradient held by a unit is the sum over ranks and micro-batches, times the loss scale; the mean, unscaling and
+//! clipping are one factor of the fused update. Squares of f32 numbers and their sums fit f64, so the sum of squares is
+//! finite exactly when every element is: all ranks see it and take the same decision. The norm adds squares in f64: within a shard in a fixed order, then shards in unit order, then ranks in
 //! rank order, so it does not depend on the stage.
 
 use std::mem::replace;
 
-use half::bf16;
-use shardwise_device::DType;
+use half::{bf16, f16};
+use shardwise_device::{DType, Slice, SliceMut};
 use shardwise_kernels::adamw::{self, AdamW, ComputeCopy};
-use shardwise_kernels::norm;
+use shardwise_kernels::{convert, norm};
 
 use crate::lane::Pending;
 use crate::unit::{GradState, ParamState, Unit};
-use crate::{SkipReason, StepOutcome, StepReport, Zero, ZeroError};
+use crate::{
+    Divergence, Found, LossScaling, OnNonFinite, SkipReason, StepOutcome, StepReport, Verdict, Zero,
+    ZeroError,
+};
 
 /// Keeps a vanishing norm from being divided by.
 const NORM_EPS: f64 = 1e-6;
 
 impl Zero {
-    /// Updates all trainable parameters from the gradients reduced since the last step, unless these are not finite.
+    /// Updates all trainable parameters from the gradients reduced since the last step, unless these are not finite and
+    /// are to be skipped. Then no weight, moment or counter of steps moves, and the loss scale may.
     ///
     /// `scalars` of all ranks are summed on the way (a loss, for example), which saves an exchange.
     ///
@@ -33,11 +38,16 @@ impl Zero {
         let mut mine = vec![self.owned_sum_of_squares()?];
         mine.extend_from_slice(scalars);
         let mut sums = self.lane.sum(&mine)?;
-        let mean = 1.0 / (self.options.grad_accum_steps * self.group_size) as f64;
-        let grad_norm = sums.remove(0).sqrt() * mean;
-        if !grad_norm.is_finite() {
-            let outcome = StepOutcome::Skipped { reason: SkipReason::NonFiniteGradient };
-            return Ok(StepReport { outcome, grad_norm, sums });
+        let sum_of_squares = sums.remove(0);
+        let scale = self.scaler.scale();
+        let unscale = self.reduction.after / scale;
+        let grad_norm = sum_of_squares.sqrt() * unscale;
+        let outcome = self.decide(sum_of_squares)?;
+        let loss_scale = self.options.loss_scaling.map(|_| scale);
+        let num_skipped = self.scaler.state().num_skipped;
+        let report = StepReport { outcome, grad_norm, loss_scale, num_skipped, sums };
+        if !report.outcome.is_applied() {
+            return Ok(report);
         }
         let clip = self.options.clip_grad_norm.map_or(1.0, |max| (max / (grad_norm + NORM_EPS)).min(1.0));
         self.num_steps += 1;
@@ -50,9 +60,95 @@ impl Zero {
             step: self.num_steps,
         };
         for unit in 0..self.units.len() {
-            self.update(unit, &hyper, (mean * clip) as f32)?;
+            let narrow = self.widen_gradient(unit)?;
+            let updated = self.update(unit, &hyper, (unscale * clip) as f32);
+            self.narrow_gradient(unit, narrow);
+            updated?;
         }
-        Ok(StepReport { outcome: StepOutcome::Applied, grad_norm, sums })
+        Ok(report)
+    }
+
+    /// What this step comes to, and what follows from it for the loss scale.
+    fn decide(&mut self, sum_of_squares: f64) -> Result<StepOutcome, ZeroError> {
+        let max_consecutive = match self.options.on_non_finite {
+            OnNonFinite::Skip { max_consecutive } if !sum_of_squares.is_finite() => max_consecutive,
+            _ => {
+                let Verdict::GoOn = self.scaler.update(Found::Finite) else {
+                    unreachable!("the scale is lowered by overflows only")
+                };
+                return Ok(StepOutcome::Applied);
+            }
+        };
+        let reason = self.first_non_finite()?;
+        let scale = self.scaler.scale();
+        let verdict = self.scaler.update(Found::NonFinite);
+        let last_applied_step = self.scaler.last_applied_step();
+        let num_skipped = self.scaler.state().num_consecutive_skips;
+        let is_dynamic = matches!(self.options.loss_scaling, Some(LossScaling::Dynamic(_)));
+        let error = match verdict {
+            Verdict::AtMinimum => Divergence::LossScaleAtMinimum { reason, scale, last_applied_step },
+            Verdict::GoOn if !is_dynamic && num_skipped >= max_consecutive => {
+                Divergence::TooManySkips { reason, num_skipped, last_applied_step }
+            }
+            Verdict::GoOn => return Ok(StepOutcome::Skipped { reason }),
+        };
+        Ok(StepOutcome::Diverged { error })
+    }
+
+    /// The first parameter, in the order of units, whose gradient is not finite on some rank. One exchange, which only a
+    /// step that is not applied pays.
+    fn first_non_finite(&self) -> Result<SkipReason, ZeroError> {
+        const NONE: [f64; 2] = [f64::INFINITY; 2];
+        let own = |(index, unit): (usize, &Unit)| {
+            let grad = self.owned_gradient(unit)?;
+            let shard = unit.layout.shard_range(self.group_rank);
+            let is_bad = |range| !norm::all_finite_of(self.threads(), grad.range(range));
+            let found = unit.layout.fragments(shard).into_iter().find(|f| is_bad(f.local_range.clone()))?;
+            Some([index as f64, found.slot as f64])
+        };
+        let mine = self.units.iter().enumerate().find_map(own).unwrap_or(NONE);
+        let ranks = self.lane.exchange(&mine)?;
+        let first = ranks.iter().min_by(|a, b| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])));
+        let first = first.expect("a group has a rank");
+        // Gaps and padding are zeros that are never written, so an element that is not finite belongs to a parameter.
+        let layout = &self.units[first[0] as usize].layout;
+        let param = layout.slots[first[1] as usize].param.name.clone();
+        Ok(SkipReason::NonFiniteGradient { unit: layout.name.clone(), param })
+    }
+
+    /// This rank's shard of a settled gradient, in every stage; none of a frozen unit.
+    fn owned_gradient<'a>(&self, unit: &'a Unit) -> Option<Slice<'a>> {
+        match &unit.trained.as_ref()?.grad {
+            GradState::Full(full) => Some(full.view().range(unit.layout.shard_range(self.group_rank))),
+            GradState::Shard(shard) => Some(shard.view()),
+            _ => unreachable!("settled before it is looked at"),
+        }
+    }
+
+    /// Puts an fp32 copy of the owned gradient in the place of one that is kept in 16 bits: the update reads fp32.
+    fn widen_gradient(&mut self, unit: usize) -> Result<Option<GradState>, ZeroError> {
+        let threads = self.threads();
+        let Unit { owned, trained: Some(trained), .. } = &mut self.units[unit] else { return Ok(None) };
+        if self.reduction.sums == DType::F32 {
+            return Ok(None);
+        }
+        let mut wide = self.pool.take(DType::F32, owned.len())?;
+        let narrow = match &trained.grad {
+            GradState::Full(full) => full.view().range(owned.clone()),
+            GradState::Shard(shard) => shard.view(),
+            _ => unreachable!("the norm settled every gradient"),
+        };
+        convert::scale_on(threads, narrow, 1.0, wide.view_mut());
+        Ok(Some(replace(&mut trained.grad, GradState::Shard(wide))))
+    }
+
+    /// Puts back what [`Zero::widen_gradient`] took away.
+    fn narrow_gradient(&mut self, unit: usize, narrow: Option<GradState>) {
+        if let (Some(narrow), Some(trained)) = (narrow, &mut self.units[unit].trained)
+            && let GradState::Shard(wide) = replace(&mut trained.grad, narrow)
+        {
+            self.pool.give_back(wide);
+        }
     }
 
     /// This rank's part of the squared norm: its shard of every unit, in every stage.
@@ -64,13 +160,8 @@ impl Zero {
             }
             self.settle(unit)?;
             self.take_turn(unit)?;
-            let shard = self.units[unit].layout.shard_range(self.group_rank);
-            let grad = match &self.units[unit].trained.as_ref().expect("checked above").grad {
-                GradState::Full(full) => &full.typed::<f32>()?[shard],
-                GradState::Shard(shard) => shard.typed::<f32>()?,
-                _ => unreachable!("settled above"),
-            };
-            total += norm::sum_of_squares_on(self.threads(), grad);
+            let grad = self.owned_gradient(&self.units[unit]).expect("checked above");
+            total += norm::sum_of_squares_of(self.threads(), grad);
         }
         Ok(total)
     }
@@ -114,7 +205,7 @@ impl Zero {
         };
         let (exp_avg, exp_avg_sq) =
             (trained.exp_avg.typed_mut::<f32>()?, trained.exp_avg_sq.typed_mut::<f32>()?);
-        let mut pass = |master: &mut [f32], mut copy: Option<&mut [bf16]>| {
+        let mut pass = |master: &mut [f32], mut copy: Option<SliceMut<'_>>| -> Result<(), ZeroError> {
             for (range, weight_decay) in &trained.decay {
                 let hyper = AdamW { weight_decay: *weight_decay as f32, ..*hyper };
                 let state = adamw::State {
@@ -122,17 +213,19 @@ impl Zero {
                     master: &mut master[range.clone()],
                     exp_avg: &mut exp_avg[range.clone()],
                     exp_avg_sq: &mut exp_avg_sq[range.clone()],
-                    compute: match &mut copy {
-                        Some(copy) => ComputeCopy::Bf16(&mut copy[range.clone()]),
+                    compute: match copy.as_mut().map(|copy| copy.range_mut(range.clone())) {
                         None => ComputeCopy::None,
+                        Some(copy) if copy.dtype() == DType::F16 => ComputeCopy::F16(copy.typed::<f16>()?),
+                        Some(copy) => ComputeCopy::Bf16(copy.typed::<bf16>()?),
                     },
                 };
                 adamw::step_on(threads, &hyper, grad_scale, state);
             }
+            Ok(())
         };
         match &mut trained.master {
-            Some(master) => pass(master.typed_mut()?, Some(copy.typed()?)),
-            None => pass(copy.typed()?, None),
+            Some(master) => pass(master.typed_mut()?, Some(copy))?,
+            None => pass(copy.typed()?, None)?,
         }
         if !self.options.stage.shards_optimizer() {
             return Ok(());

@@ -1,9 +1,7 @@
 //! How a step ended, and what state weighs.
 
-use std::fmt;
-
 /// Whether a step changed the parameters; the same on every rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum StepOutcome {
     /// Parameters, moments and the step counter moved.
     Applied,
@@ -12,21 +10,64 @@ pub enum StepOutcome {
         /// Why.
         reason: SkipReason,
     },
+    /// Nothing moved, and another step would not either: the caller saves what it wants and ends. No rank has given up,
+    /// so collectives work as before.
+    Diverged {
+        /// Why, for the run to end with.
+        error: Divergence,
+    },
+}
+
+impl StepOutcome {
+    /// Whether parameters moved.
+    pub fn is_applied(&self) -> bool {
+        *self == StepOutcome::Applied
+    }
 }
 
 /// Why a step was skipped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SkipReason {
-    /// The global gradient norm is infinite or not a number.
-    NonFiniteGradient,
+    /// The gradient is infinite or not a number somewhere.
+    #[error("the gradient is not finite, first that of `{param}` in layer `{unit}`")]
+    NonFiniteGradient {
+        /// The first unit, in their order, with such an element on any rank.
+        unit: String,
+        /// Its first parameter with such an element.
+        param: String,
+    },
 }
 
-impl fmt::Display for SkipReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            SkipReason::NonFiniteGradient => f.write_str("the gradient is not finite"),
-        }
-    }
+/// Why training cannot go on.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Divergence {
+    /// Dynamic loss scale.
+    #[error(
+        "{reason}, and the loss scale is at its minimum, `{scale}`; \
+         the last of the steps so far that changed the weights is step `{last_applied_step}`"
+    )]
+    LossScaleAtMinimum {
+        /// Whose gradient it was.
+        reason: SkipReason,
+        /// The scale.
+        scale: f64,
+        /// Counted from 1 with skipped ones; 0 if there was none.
+        last_applied_step: u64,
+    },
+    /// Static loss scale, or none.
+    #[error(
+        "{reason}, and `{num_skipped}` steps in a row were skipped; \
+         the last of the steps so far that changed the weights is step `{last_applied_step}`"
+    )]
+    TooManySkips {
+        /// Whose gradient it was, this time.
+        reason: SkipReason,
+        /// Steps in a row, this one included.
+        num_skipped: u64,
+        /// Counted from 1 with skipped ones; 0 if there was none.
+        last_applied_step: u64,
+    },
 }
 
 /// What a step did.
@@ -34,8 +75,13 @@ impl fmt::Display for SkipReason {
 pub struct StepReport {
     /// Whether it was applied.
     pub outcome: StepOutcome,
-    /// Global L2 norm of the mean gradient, before clipping.
+    /// Global L2 norm of the mean gradient (of the ranks' sum, if that is asked for), without the loss scale and before
+    /// clipping.
     pub grad_norm: f64,
+    /// The loss scale of this step's gradients; none if no scaling was asked for.
+    pub loss_scale: Option<f64>,
+    /// Steps skipped so far, this one included.
+    pub num_skipped: u64,
     /// The caller's scalars, summed over the ranks in rank order.
     pub sums: Vec<f64>,
 }
@@ -49,7 +95,7 @@ pub struct StateBytes {
     pub master_params: usize,
     /// First and second moments.
     pub optimizer: usize,
-    /// fp32 gradients.
+    /// Gradients, in fp32 unless another type is asked for.
     pub grads: usize,
 }
 

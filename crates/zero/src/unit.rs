@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use shardwise_comm::Work;
-use shardwise_device::{Buffer, DType};
+use shardwise_device::Buffer;
 use shardwise_plan::{UnitLayout, ZeroStage};
 
-use crate::StateBytes;
 use crate::lane::Pending;
+use crate::{StateBytes, ZeroOptions};
 
 /// One unit: its layout and what this rank holds of it.
 pub(crate) struct Unit {
@@ -48,7 +48,8 @@ pub(crate) struct Trained {
     pub decay: Vec<(Range<usize>, f64)>,
 }
 
-/// The fp32 gradient, summed over micro-batches and, once reduced, over ranks.
+/// The gradient, summed over micro-batches and, once reduced, over ranks; in fp32, unless
+/// [`crate::ReductionOptions::accumulation_dtype`] is another type.
 pub(crate) enum GradState {
     /// The whole unit's (stage 0, and stage 1 with accumulation); its `owned` range is what a step reads.
     Full(Buffer),
@@ -56,10 +57,22 @@ pub(crate) enum GradState {
     Shard(Buffer),
     /// On its way: the whole unit's.
     ReducingFull(Pending<Buffer>),
-    /// On its way: the shard, with the input buffer that goes back to the pool.
-    ReducingShard { work: Pending<(Buffer, Buffer)>, add_to: Option<Buffer> },
+    /// On its way: the shard, as the input of a reduce-scatter and its output in fp32.
+    ReducingShard { work: Pending<(Buffer, Buffer)>, landing: Landing },
     /// As [`ParamState::Moving`].
     Moving,
+}
+
+/// Where a reduced shard goes. An input that nobody wants goes back to the pool.
+pub(crate) enum Landing {
+    /// It is there: the output is the shard.
+    Output,
+    /// To its place in the input, which is the whole gradient.
+    Input,
+    /// To its place in this gradient, whole or just the shard.
+    Set(Buffer),
+    /// Added there.
+    Add(Buffer),
 }
 
 impl Unit {
@@ -69,7 +82,9 @@ impl Unit {
     }
 
     /// Bytes held, without what is gathered for now. A buffer on loan to a collective counts as what comes back.
-    pub fn state_bytes(&self, stage: ZeroStage, compute: DType, grad_accum_steps: usize) -> StateBytes {
+    pub fn state_bytes(&self, options: &ZeroOptions) -> StateBytes {
+        let ZeroOptions { stage, compute, grad_accum_steps, .. } = *options;
+        let grad_bytes = options.reduction.accumulation_dtype.size_bytes();
         let (all, shard) = (self.layout.padded_numel, self.layout.shard_numel());
         let params = match &self.params {
             ParamState::Resident(copy)
@@ -86,9 +101,11 @@ impl Unit {
             optimizer: trained.exp_avg.num_bytes() + trained.exp_avg_sq.num_bytes(),
             grads: match &trained.grad {
                 GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
-                GradState::ReducingFull(_) => all * 4,
-                GradState::ReducingShard { .. } if stage.keeps_whole_gradients(grad_accum_steps) => all * 4,
-                GradState::ReducingShard { .. } => shard * 4,
+                GradState::ReducingFull(_) => all * grad_bytes,
+                GradState::ReducingShard { .. } if stage.keeps_whole_gradients(grad_accum_steps) => {
+                    all * grad_bytes
+                }
+                GradState::ReducingShard { .. } => shard * grad_bytes,
                 GradState::Moving => 0,
             },
         }

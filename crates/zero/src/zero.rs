@@ -5,15 +5,17 @@ use std::mem::replace;
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_comm::Group;
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats, SliceMut};
 use shardwise_kernels::{Threads, cast};
 use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage, pattern::matches_pattern};
 
 use crate::lane::{Lane, Pending};
+use crate::reduction::Reduction;
+use crate::scaler::LossScaler;
 use crate::unit::{GradState, ParamState, Trained, Unit};
-use crate::{StateBytes, ZeroError, ZeroOptions};
+use crate::{LossScalerState, LossScaling, StateBytes, ZeroError, ZeroOptions};
 
 /// Gives the first values of elements of one parameter: from a file, or from a generator.
 pub type Fill<'a> = dyn FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
@@ -27,7 +29,6 @@ pub struct Zero {
     pub(crate) options: ZeroOptions,
     pub(crate) lane: Lane,
     pub(crate) group_rank: usize,
-    pub(crate) group_size: usize,
     pub(crate) units: Vec<Unit>,
     pub(crate) pool: BufferPool,
     /// Units whose gradients are on the side thread, oldest first.
@@ -36,6 +37,9 @@ pub struct Zero {
     gather_numel: usize,
     /// Applied steps.
     pub(crate) num_steps: u64,
+    /// Counts steps, and knows the loss scale if there is one.
+    pub(crate) scaler: LossScaler,
+    pub(crate) reduction: Reduction,
 }
 
 impl Zero {
@@ -63,10 +67,16 @@ impl Zero {
         let lane = Lane::new(group, options.overlap)?;
         let gather_numel = layouts.iter().map(|layout| layout.padded_numel).max().unwrap_or(0);
         let mut zero = Zero {
+            scaler: LossScaler::new(options.loss_scaling.unwrap_or(LossScaling::Static(1.0))),
+            reduction: Reduction::new(
+                &options.reduction,
+                options.compute,
+                options.grad_accum_steps,
+                group_size,
+            ),
             options,
             lane,
             group_rank,
-            group_size,
             units: Vec::with_capacity(layouts.len()),
             pool: BufferPool::new(Place::Cpu),
             reducing: VecDeque::new(),
@@ -121,8 +131,8 @@ impl Zero {
                 exp_avg: zeros(DType::F32, owned.len())?,
                 exp_avg_sq: zeros(DType::F32, owned.len())?,
                 grad: match full {
-                    true => GradState::Full(zeros(DType::F32, layout.padded_numel)?),
-                    false => GradState::Shard(zeros(DType::F32, layout.shard_numel())?),
+                    true => GradState::Full(zeros(self.reduction.sums, layout.padded_numel)?),
+                    false => GradState::Shard(zeros(self.reduction.sums, layout.shard_numel())?),
                 },
                 num_reduced: 0,
                 decay: self.decay_ranges(&layout, owned.clone()),
@@ -248,6 +258,11 @@ impl Zero {
         self.lane.drain()
     }
 
+    /// Time so far in which the caller's thread was in a collective or waited for one, and computed nothing.
+    pub fn exposed_comm(&self) -> std::time::Duration {
+        self.lane.exposed()
+    }
+
     /// The `values` of every rank, in rank order.
     ///
     /// # Collective
@@ -260,16 +275,14 @@ impl Zero {
 
     /// Bytes of model state that this rank holds, by kind, when nothing is gathered.
     pub fn state_bytes(&self) -> StateBytes {
-        let ZeroOptions { stage, compute, grad_accum_steps, .. } = self.options;
-        self.units.iter().map(|unit| unit.state_bytes(stage, compute, grad_accum_steps)).fold(
-            StateBytes::default(),
-            |a, b| StateBytes {
+        self.units.iter().map(|unit| unit.state_bytes(&self.options)).fold(StateBytes::default(), |a, b| {
+            StateBytes {
                 params: a.params + b.params,
                 master_params: a.master_params + b.master_params,
                 optimizer: a.optimizer + b.optimizer,
                 grads: a.grads + b.grads,
-            },
-        )
+            }
+        })
     }
 
     /// What the pool of gather and reduce buffers holds now and held at most.
@@ -280,6 +293,22 @@ impl Zero {
     /// Applied steps so far.
     pub fn num_steps(&self) -> u64 {
         self.num_steps
+    }
+
+    /// What the gradient of each micro-batch's loss has to be for the step that comes: the loss scale, or 1. Everything
+    /// else, the mean over micro-batches and ranks too, is a factor of the step.
+    pub fn loss_scale(&self) -> f64 {
+        self.scaler.scale()
+    }
+
+    /// What has to be saved for the loss scale and the count of skipped steps to go on as they would have.
+    pub fn loss_scaler_state(&self) -> LossScalerState {
+        *self.scaler.state()
+    }
+
+    /// Goes on from a saved state, which is the same on all ranks.
+    pub fn restore_loss_scaler(&mut self, state: LossScalerState) {
+        self.scaler.restore(state);
     }
 
     pub(crate) fn threads(&self) -> Threads {
@@ -296,7 +325,8 @@ fn narrow(values: &[f32], out: SliceMut<'_>) -> Result<(), DeviceError> {
     match out.dtype() {
         DType::F32 => out.typed::<f32>()?.copy_from_slice(values),
         DType::Bf16 => cast::f32_to_bf16(values, out.typed::<bf16>()?),
-        got => return Err(DeviceError::WrongDType { expected: DType::Bf16, got }),
+        DType::F16 => cast::f32_to_f16(values, out.typed::<f16>()?),
+        got => return Err(DeviceError::WrongDType { expected: DType::F32, got }),
     }
     Ok(())
 }
