@@ -1,7 +1,7 @@
 //! The heart: units of flat buffers with ZeRO stages 0 to 3.
 //!
 //! A *unit* is one layer's parameters as one flat buffer (`shardwise_plan::UnitLayout`). [`Zero`] owns, for every unit,
-//! all model state of this rank: the compute copy of the parameters, the fp32 master weights, the optimizer moments and
+//! all model state of this rank: the compute copy of the parameters, the fp32 master weights, the optimizer states and
 //! the fp32 gradients, each whole or just this rank's shard as the stage demands. It knows no tensors, layers or
 //! schedules; its caller says
 //!
@@ -10,7 +10,7 @@
 //! release(unit)   they are not needed for now                    (stage 3: the buffer goes back to the pool)
 //! prefetch(unit)  they will be needed next                       (stage 3 with a side thread: starts the all-gather)
 //! reduce(unit)    these are its gradients of this micro-batch    (reduce-scatter, now or at the last micro-batch)
-//! step(lr)        norm, one decision on all ranks, fused AdamW   (then all-gather below stage 3)
+//! step(lr)        norm, one decision on all ranks, fused update  (then all-gather below stage 3)
 //! ```
 //!
 //! | kept by each rank | stage 0 | 1 | 2 | 3 |
@@ -27,23 +27,33 @@
 //! scale, is one factor in the step ([`ReductionOptions`] has other ways). Without accumulation every stage adds the same numbers in the same order, so all stages give the same
 //! bits; with accumulation stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round.
 
+mod algorithm;
 mod error;
 mod export;
 mod gradients;
 mod lane;
 mod optimizer;
 mod options;
+mod pieces;
 mod reduction;
 mod report;
 mod scaler;
+mod state;
 mod unit;
+mod update;
 mod zero;
 
+pub use algorithm::{
+    AdagradOptions, AdamOptions, LambOptions, LionOptions, MuonOptions, Optimizer, SgdOptions,
+};
 pub use error::ZeroError;
-pub use options::{AdamWOptions, OnNonFinite, Overlap, ZeroOptions};
+pub use options::{OnNonFinite, Overlap, StatePrecision, ZeroOptions};
+pub use pieces::ParamGroup;
 pub use reduction::{GradientOp, Predivide, ReductionOptions};
 pub use report::{Divergence, SkipReason, StateBytes, StepOutcome, StepReport};
 pub use scaler::{
     DynamicLossScale, Found, HysteresisRefill, LossScaler, LossScalerState, LossScaling, Verdict,
 };
+pub use shardwise_kernels::optimizer::{BiasCorrection, Direction};
+pub use state::{PARAM, StateSlice};
 pub use zero::{Fill, Zero};

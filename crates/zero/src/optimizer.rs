@@ -7,13 +7,12 @@
 
 use std::mem::replace;
 
-use half::{bf16, f16};
-use shardwise_device::{DType, Slice, SliceMut};
-use shardwise_kernels::adamw::{self, AdamW, ComputeCopy};
+use shardwise_device::{DType, Slice};
 use shardwise_kernels::{convert, norm};
 
-use crate::lane::Pending;
-use crate::unit::{GradState, ParamState, Unit};
+use crate::algorithm::not_negative;
+use crate::unit::{GradState, Unit};
+use crate::update::Update;
 use crate::{
     Divergence, Found, LossScaling, OnNonFinite, SkipReason, StepOutcome, StepReport, Verdict, Zero,
     ZeroError,
@@ -31,10 +30,12 @@ impl Zero {
     /// # Collective
     /// Every rank calls, after the last micro-batch of every trainable unit was reduced.
     /// # Errors
-    /// [`ZeroError::MissingGradient`] if it was not; a failed collective or allocation.
+    /// [`ZeroError::MissingGradient`] if it was not; [`ZeroError::WrongOption`] for a learning rate that is negative or not
+    /// finite; a failed collective or allocation.
     /// # Source
-    /// AdamW (arXiv:1711.05101), clipping as in `torch.nn.utils.clip_grad_norm_`.
+    /// The kernels' own; clipping as in `torch.nn.utils.clip_grad_norm_`.
     pub fn step(&mut self, lr: f64, scalars: &[f64]) -> Result<StepReport, ZeroError> {
+        not_negative("lr", lr)?;
         let mut mine = vec![self.owned_sum_of_squares()?];
         mine.extend_from_slice(scalars);
         let mut sums = self.lane.sum(&mine)?;
@@ -51,20 +52,15 @@ impl Zero {
         }
         let clip = self.options.clip_grad_norm.map_or(1.0, |max| (max / (grad_norm + NORM_EPS)).min(1.0));
         self.num_steps += 1;
-        let hyper = AdamW {
-            lr: lr as f32,
-            beta1: self.options.adamw.beta1 as f32,
-            beta2: self.options.adamw.beta2 as f32,
-            eps: self.options.adamw.eps as f32,
-            weight_decay: 0.0, // by range
-            step: self.num_steps,
-        };
+        let grad_scale = (unscale * clip) as f32;
+        let update = Update { lr, grad_scale, step: self.num_steps, threads: self.threads() };
         for unit in 0..self.units.len() {
             let narrow = self.widen_gradient(unit)?;
-            let updated = self.update(unit, &hyper, (unscale * clip) as f32);
+            let updated = self.take_gradient(unit, update);
             self.narrow_gradient(unit, narrow);
             updated?;
         }
+        self.finish_update(update)?;
         Ok(report)
     }
 
@@ -176,90 +172,8 @@ impl Zero {
         }
     }
 
-    /// Updates one unit's owned range, and completes the compute copy where others own the rest.
-    fn update(&mut self, unit: usize, hyper: &AdamW, grad_scale: f32) -> Result<(), ZeroError> {
-        let threads = self.threads();
-        self.release(unit);
-        let Unit { layout, owned, params, trained: Some(trained) } = &mut self.units[unit] else {
-            return Ok(());
-        };
-        let grad = match &trained.grad {
-            GradState::Full(full) => &full.typed::<f32>()?[owned.clone()],
-            GradState::Shard(shard) => shard.typed::<f32>()?,
-            _ => unreachable!("the norm settled every gradient"),
-        };
-        // The owned range of the compute copy, wherever the copy is.
-        let copy = match params {
-            ParamState::Resident(full) => full.view_mut().into_range(owned.clone()),
-            ParamState::Sharded { shard } => shard.view_mut(),
-            _ => {
-                // A gather that nobody waited for (stages 1 and 2 complete lazily; stage 3 may have prefetched).
-                *params = settled(replace(params, ParamState::Moving))?;
-                match params {
-                    ParamState::Resident(full) => full.view_mut().into_range(owned.clone()),
-                    ParamState::Sharded { shard } | ParamState::Gathered { shard, .. } => shard.view_mut(),
-                    ParamState::Moving => return Err(ZeroError::Lost { unit: layout.name.clone() }),
-                    _ => unreachable!("settled"),
-                }
-            }
-        };
-        let (exp_avg, exp_avg_sq) =
-            (trained.exp_avg.typed_mut::<f32>()?, trained.exp_avg_sq.typed_mut::<f32>()?);
-        let mut pass = |master: &mut [f32], mut copy: Option<SliceMut<'_>>| -> Result<(), ZeroError> {
-            for (range, weight_decay) in &trained.decay {
-                let hyper = AdamW { weight_decay: *weight_decay as f32, ..*hyper };
-                let state = adamw::State {
-                    grad: &grad[range.clone()],
-                    master: &mut master[range.clone()],
-                    exp_avg: &mut exp_avg[range.clone()],
-                    exp_avg_sq: &mut exp_avg_sq[range.clone()],
-                    compute: match copy.as_mut().map(|copy| copy.range_mut(range.clone())) {
-                        None => ComputeCopy::None,
-                        Some(copy) if copy.dtype() == DType::F16 => ComputeCopy::F16(copy.typed::<f16>()?),
-                        Some(copy) => ComputeCopy::Bf16(copy.typed::<bf16>()?),
-                    },
-                };
-                adamw::step_on(threads, &hyper, grad_scale, state);
-            }
-            Ok(())
-        };
-        match &mut trained.master {
-            Some(master) => pass(master.typed_mut()?, Some(copy))?,
-            None => pass(copy.typed()?, None)?,
-        }
-        if !self.options.stage.shards_optimizer() {
-            return Ok(());
-        }
-        match replace(params, ParamState::Moving) {
-            ParamState::Resident(full) => {
-                *params = match self.lane.all_gather_in_place(full)? {
-                    Pending::Ready(full) => ParamState::Resident(full),
-                    Pending::UnderWay(work) => ParamState::Completing(work),
-                };
-            }
-            // Stage 3 gathers what is new at the next use; a copy gathered before the update is old.
-            ParamState::Gathered { shard, full } => {
-                self.pool.give_back(full);
-                *params = ParamState::Sharded { shard };
-            }
-            other => *params = other,
-        }
-        Ok(())
-    }
-
     /// The element type of the compute copy.
     pub fn compute_dtype(&self) -> DType {
         self.options.compute
     }
-}
-
-fn settled(state: ParamState) -> Result<ParamState, ZeroError> {
-    Ok(match state {
-        ParamState::Completing(work) => ParamState::Resident(work.wait()?),
-        ParamState::Gathering(work) => {
-            let (shard, full) = work.wait()?;
-            ParamState::Gathered { shard, full }
-        }
-        other => other,
-    })
 }

@@ -5,7 +5,7 @@ use shardwise_kernels::Threads;
 pub use shardwise_plan::Overlap;
 use shardwise_plan::ZeroStage;
 
-use crate::{DynamicLossScale, LossScaling, Predivide, ReductionOptions, ZeroError};
+use crate::{DynamicLossScale, LossScaling, Optimizer, ParamGroup, Predivide, ReductionOptions, ZeroError};
 
 /// Options of [`crate::Zero`].
 #[derive(Debug, Clone)]
@@ -19,9 +19,11 @@ pub struct ZeroOptions {
     /// Clips gradients to this global norm.
     pub clip_grad_norm: Option<f64>,
     /// The optimizer.
-    pub adamw: AdamWOptions,
-    /// Parameters without weight decay, as patterns in which `*` stands for any run of characters.
-    pub no_decay: Vec<String>,
+    pub optimizer: Optimizer,
+    /// Parameters with another learning rate or weight decay; the first group that names a parameter counts.
+    pub groups: Vec<ParamGroup>,
+    /// What optimizer states are kept in.
+    pub states: StatePrecision,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
     /// Threads for arithmetic on buffers.
@@ -92,6 +94,12 @@ impl ZeroOptions {
         {
             return wrong("predivide", divisor.to_string(), "a positive number in the range of `f32`");
         }
+        self.optimizer.check()?;
+        self.groups.iter().try_for_each(ParamGroup::check)?;
+        let is_element_wise = !matches!(self.optimizer, Optimizer::Lamb(_) | Optimizer::Muon(_));
+        if self.states != StatePrecision::F32 && !is_element_wise {
+            return wrong("states", "bf16".to_owned(), "`f32` for this optimizer");
+        }
         self.check_loss_scaling()
     }
 
@@ -127,15 +135,14 @@ impl ZeroOptions {
     }
 }
 
-/// Hyperparameters of AdamW.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWOptions {
-    /// Decay of the mean of gradients.
-    pub beta1: f64,
-    /// Decay of the mean of squared gradients.
-    pub beta2: f64,
-    /// Added to the denominator.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
+/// What optimizer states are kept in. They are computed in fp32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StatePrecision {
+    /// As they are computed.
+    F32,
+    /// Half the memory. Rounded at random, by a pure function of the seed, unit, element and step. Not for LAMB and Muon.
+    Bf16 {
+        /// Of the random numbers.
+        seed: u64,
+    },
 }

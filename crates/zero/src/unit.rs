@@ -7,6 +7,7 @@ use shardwise_device::Buffer;
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
+use crate::pieces::Piece;
 use crate::{StateBytes, ZeroOptions};
 
 /// One unit: its layout and what this rank holds of it.
@@ -35,17 +36,15 @@ pub(crate) enum ParamState {
     Moving,
 }
 
-/// State of trainable parameters. Master weights and moments cover `Unit::owned`.
+/// State of trainable parameters. Master weights and optimizer states cover `Unit::owned`.
 pub(crate) struct Trained {
     /// fp32 weights; `None` when the model computes in fp32, for then they are the compute copy.
     pub master: Option<Buffer>,
-    pub exp_avg: Buffer,
-    pub exp_avg_sq: Buffer,
     pub grad: GradState,
     /// Micro-batches reduced since the last step.
     pub num_reduced: usize,
-    /// Consecutive ranges of `owned` with their weight decay.
-    pub decay: Vec<(Range<usize>, f64)>,
+    /// The owned range, with the optimizer's states.
+    pub pieces: Vec<Piece>,
 }
 
 /// The gradient, summed over micro-batches and, once reduced, over ranks; in fp32, unless
@@ -95,10 +94,11 @@ impl Unit {
             ParamState::Moving => 0,
         };
         let Some(trained) = &self.trained else { return StateBytes { params, ..StateBytes::default() } };
+        let states = trained.pieces.iter().flat_map(|piece| &piece.states);
         StateBytes {
             params,
             master_params: trained.master.as_ref().map_or(0, Buffer::num_bytes),
-            optimizer: trained.exp_avg.num_bytes() + trained.exp_avg_sq.num_bytes(),
+            optimizer: states.map(|state| state.values.num_bytes()).sum(),
             grads: match &trained.grad {
                 GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
                 GradState::ReducingFull(_) => all * grad_bytes,

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use shardwise_comm::Group;
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats, SliceMut};
 use shardwise_kernels::{Threads, cast};
-use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage, pattern::matches_pattern};
+use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage};
 
 use crate::lane::{Lane, Pending};
 use crate::reduction::Reduction;
@@ -128,43 +128,17 @@ impl Zero {
             let full = stage.keeps_whole_gradients(self.options.grad_accum_steps);
             Some(Trained {
                 master,
-                exp_avg: zeros(DType::F32, owned.len())?,
-                exp_avg_sq: zeros(DType::F32, owned.len())?,
                 grad: match full {
                     true => GradState::Full(zeros(self.reduction.sums, layout.padded_numel)?),
                     false => GradState::Shard(zeros(self.reduction.sums, layout.shard_numel())?),
                 },
                 num_reduced: 0,
-                decay: self.decay_ranges(&layout, owned.clone()),
+                pieces: self.options.pieces(&layout, owned.clone())?,
             })
         } else {
             None
         };
         Ok(Unit { layout, owned, params, trained })
-    }
-
-    /// Consecutive ranges of `owned` with their weight decay, as few as can be; gaps go with their neighbour, for
-    /// they are zero and stay so.
-    fn decay_ranges(&self, layout: &UnitLayout, owned: Range<usize>) -> Vec<(Range<usize>, f64)> {
-        let numel = owned.len();
-        let mut ranges: Vec<(Range<usize>, f64)> = Vec::new();
-        for fragment in layout.fragments(owned) {
-            let name = &layout.slots[fragment.slot].param.name;
-            let exempt = self.options.no_decay.iter().any(|pattern| matches_pattern(pattern, name));
-            let decay = if exempt { 0.0 } else { self.options.adamw.weight_decay };
-            match ranges.last_mut() {
-                Some((last, same)) if *same == decay => last.end = fragment.local_range.end,
-                Some((last, _)) => {
-                    last.end = fragment.local_range.start;
-                    ranges.push((fragment.local_range, decay));
-                }
-                None => ranges.push((0..fragment.local_range.end, decay)),
-            }
-        }
-        if let Some((last, _)) = ranges.last_mut() {
-            last.end = numel;
-        }
-        ranges
     }
 
     /// The units' layouts, by index.
@@ -321,7 +295,7 @@ impl Zero {
 }
 
 /// Writes fp32 values as the compute type.
-fn narrow(values: &[f32], out: SliceMut<'_>) -> Result<(), DeviceError> {
+pub(crate) fn narrow(values: &[f32], out: SliceMut<'_>) -> Result<(), DeviceError> {
     match out.dtype() {
         DType::F32 => out.typed::<f32>()?.copy_from_slice(values),
         DType::Bf16 => cast::f32_to_bf16(values, out.typed::<bf16>()?),
