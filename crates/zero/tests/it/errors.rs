@@ -6,7 +6,10 @@ use std::sync::Mutex;
 use shardwise_comm::{CommError, solo, thread};
 use shardwise_device::{DType, Slice};
 use shardwise_plan::ZeroStage;
-use shardwise_zero::{Overlap, Zero, ZeroError, ZeroOptions};
+use shardwise_zero::{
+    DynamicLossScale, LossScaling, OnNonFinite, Overlap, Predivide, ReductionOptions, Zero, ZeroError,
+    ZeroOptions,
+};
 
 use crate::harness::{Model, fill, options, reduce, train_step, unchanged, weights};
 
@@ -30,8 +33,69 @@ fn options_that_cannot_be_honoured_are_named() {
         assert_eq!(refused(&ZeroOptions { clip_grad_norm: Some(clip), ..good.clone() }), expected);
     }
     assert_eq!(
-        refused(&ZeroOptions { compute: DType::F16, ..good }),
-        "`compute` is `f16`, expected `f32` or `bf16`"
+        refused(&ZeroOptions { compute: DType::U8, ..good.clone() }),
+        "`compute` is `u8`, expected `f32`, `bf16` or `f16`"
+    );
+    let fp16 = ZeroOptions { compute: DType::F16, ..good.clone() };
+    let never = OnNonFinite::Skip { max_consecutive: 0 };
+    assert_eq!(
+        refused(&ZeroOptions { on_non_finite: never, ..good.clone() }),
+        "`on_non_finite.max_consecutive` is `0`, expected at least `1`"
+    );
+    assert_eq!(
+        refused(&ZeroOptions { on_non_finite: OnNonFinite::Apply, ..fp16.clone() }),
+        "`on_non_finite` is `apply`, expected `skip`: a step in `f16` may overflow"
+    );
+    let scaled = |loss_scaling| refused(&ZeroOptions { loss_scaling: Some(loss_scaling), ..fp16.clone() });
+    let dynamic = |change: &dyn Fn(&mut DynamicLossScale)| {
+        let mut rules = DynamicLossScale::default();
+        change(&mut rules);
+        scaled(LossScaling::Dynamic(rules))
+    };
+    let found = [
+        scaled(LossScaling::Static(0.0)),
+        scaled(LossScaling::Static(f64::INFINITY)),
+        dynamic(&|rules| rules.window = 0),
+        dynamic(&|rules| rules.hysteresis = 0),
+        dynamic(&|rules| rules.initial_power = 128),
+        dynamic(&|rules| rules.min_scale = 0.0),
+        dynamic(&|rules| rules.min_scale = 65537.0),
+    ];
+    assert_eq!(
+        found,
+        [
+            "`loss_scaling.scale` is `0`, expected a positive number",
+            "`loss_scaling.scale` is `inf`, expected a positive number",
+            "`loss_scaling.window` is `0`, expected at least `1`",
+            "`loss_scaling.hysteresis` is `0`, expected at least `1`",
+            "`loss_scaling.initial_power` is `128`, expected at most `127`",
+            "`loss_scaling.min_scale` is `0`, expected a positive number, at most the first scale",
+            "`loss_scaling.min_scale` is `65537`, expected a positive number, at most the first scale",
+        ]
+    );
+    assert_eq!(
+        refused(&ZeroOptions { loss_scaling: Some(LossScaling::Static(2.0)), ..good.clone() }),
+        "`loss_scaling` is `Static(2.0)`, expected none, unless `compute` is `f16`"
+    );
+    let reduced = |change: &dyn Fn(&mut ReductionOptions)| {
+        let mut options = good.clone();
+        change(&mut options.reduction);
+        refused(&options)
+    };
+    let found = [
+        reduced(&|options| options.accumulation_dtype = DType::U8),
+        reduced(&|options| options.communication_dtype = Some(DType::U8)),
+        reduced(&|options| options.predivide = Predivide::By(-2.0)),
+        reduced(&|options| options.predivide = Predivide::By(1e39)),
+    ];
+    assert_eq!(
+        found,
+        [
+            "`accumulation_dtype` is `u8`, expected `f32`, `bf16` or `f16`",
+            "`communication_dtype` is `u8`, expected `f32`, `bf16`, `f16` or none",
+            "`predivide` is `-2`, expected a positive number in the range of `f32`",
+            "`predivide` is `1000000000000000000000000000000000000000`, expected a positive number in the range of `f32`",
+        ]
     );
 }
 

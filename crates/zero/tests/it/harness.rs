@@ -3,12 +3,14 @@
 use std::error::Error;
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_comm::{Group, thread};
 use shardwise_device::{Buffer, DType, Place, Slice};
 use shardwise_kernels::Threads;
 use shardwise_plan::{Init, ParamSpec, UnitLayout, ZeroStage};
-use shardwise_zero::{AdamWOptions, Overlap, StepOutcome, StepReport, Zero, ZeroOptions};
+use shardwise_zero::{
+    AdamWOptions, OnNonFinite, Overlap, ReductionOptions, StepOutcome, StepReport, Zero, ZeroOptions,
+};
 
 pub const LR: f64 = 0.01;
 
@@ -62,6 +64,9 @@ pub fn options(stage: ZeroStage, compute: DType) -> ZeroOptions {
         no_decay: vec![],
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: OnNonFinite::default(),
+        reduction: ReductionOptions::default(),
     }
 }
 
@@ -95,9 +100,17 @@ pub fn fill(
 /// The gradient of `param` in a micro-batch on a rank, exact in `compute`; now and then there is none.
 pub fn gradient(param: &ParamSpec, compute: DType, [step, microbatch, rank]: [usize; 3]) -> Option<Vec<f32>> {
     let seed = hash(&param.name, &[step, microbatch, rank]);
-    let rounded = |x: f32| if compute == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
-    let value = |i: usize| rounded(number(mix(seed.wrapping_add(i as u64))));
+    let value = |i: usize| rounded(number(mix(seed.wrapping_add(i as u64))), compute);
     (!seed.is_multiple_of(7)).then(|| (0..param.numel()).map(value).collect())
+}
+
+/// `x` rounded to `dtype`.
+pub fn rounded(x: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::Bf16 => bf16::from_f32(x).to_f32(),
+        DType::F16 => f16::from_f32(x).to_f32(),
+        _ => x,
+    }
 }
 
 /// `values` as a buffer of the compute type.
@@ -105,6 +118,10 @@ pub fn buffer(values: &[f32], compute: DType) -> Buffer {
     let mut buffer = Buffer::zeroed(compute, values.len(), Place::Cpu).unwrap();
     match compute {
         DType::F32 => buffer.typed_mut::<f32>().unwrap().copy_from_slice(values),
+        DType::F16 => {
+            let out = buffer.typed_mut::<f16>().unwrap();
+            out.iter_mut().zip(values).for_each(|(out, &value)| *out = f16::from_f32(value));
+        }
         _ => {
             let out = buffer.typed_mut::<bf16>().unwrap();
             out.iter_mut().zip(values).for_each(|(out, &value)| *out = bf16::from_f32(value));
@@ -112,6 +129,18 @@ pub fn buffer(values: &[f32], compute: DType) -> Buffer {
     }
     buffer
 }
+
+/// Whose gradient it is.
+#[derive(Debug, Clone, Copy)]
+pub struct At {
+    pub rank: usize,
+    pub microbatch: usize,
+    pub unit: usize,
+    pub slot: usize,
+}
+
+/// Changes one parameter's gradient of a micro-batch, before it is scaled.
+pub type Change<'a> = dyn Fn(At, &mut Option<Vec<f32>>) + 'a;
 
 /// Reduces one unit's gradients of a micro-batch; `change` may spoil them.
 pub fn reduce(
@@ -121,13 +150,23 @@ pub fn reduce(
     microbatch: usize,
     change: &dyn Fn(usize, &mut Vec<f32>),
 ) {
-    let (rank, compute) = (zero.group().group_rank(), zero.compute_dtype());
-    let slots = zero.layout(unit).slots.iter();
+    reduce_changed(zero, unit, step, microbatch, &|at, values| {
+        if let Some(values) = values {
+            change(at.rank, values);
+        }
+    });
+}
+
+/// [`reduce`], with a `change` that knows where it is. Gradients are times the loss scale, as an engine's are.
+pub fn reduce_changed(zero: &mut Zero, unit: usize, step: usize, microbatch: usize, change: &Change<'_>) {
+    let (rank, compute, scale) = (zero.group().group_rank(), zero.compute_dtype(), zero.loss_scale() as f32);
+    let slots = zero.layout(unit).slots.iter().enumerate();
     let grads: Vec<Option<Buffer>> = slots
-        .map(|slot| {
-            let mut values = gradient(&slot.param, compute, [step, microbatch, rank])?;
-            change(rank, &mut values);
-            Some(buffer(&values, compute))
+        .map(|(slot, s)| {
+            let mut values = gradient(&s.param, compute, [step, microbatch, rank]);
+            change(At { rank, microbatch, unit, slot }, &mut values);
+            let scaled: Vec<_> = values?.into_iter().map(|x| x * scale).collect();
+            Some(buffer(&scaled, compute))
         })
         .collect();
     let slices: Vec<Option<Slice<'_>>> = grads.iter().map(|grad| grad.as_ref().map(Buffer::view)).collect();
@@ -141,6 +180,15 @@ pub fn train_step(
     accum: usize,
     change: &dyn Fn(usize, &mut Vec<f32>),
 ) -> StepReport {
+    train_step_changed(zero, step, accum, &|at, values| {
+        if let Some(values) = values {
+            change(at.rank, values);
+        }
+    })
+}
+
+/// [`train_step`], with a `change` that knows where it is.
+pub fn train_step_changed(zero: &mut Zero, step: usize, accum: usize, change: &Change<'_>) -> StepReport {
     let num_units = zero.layouts().len();
     for microbatch in 0..accum {
         for unit in 0..num_units {
@@ -155,7 +203,7 @@ pub fn train_step(
             if unit > 0 {
                 zero.prefetch(unit - 1).unwrap();
             }
-            reduce(zero, unit, step, microbatch, change);
+            reduce_changed(zero, unit, step, microbatch, change);
             zero.release(unit);
         }
     }
@@ -182,7 +230,7 @@ pub fn trace(zero: &mut Zero, steps: &[usize], accum: usize, change: &dyn Fn(usi
     let copies = (0..num_units).map(|unit| zero.compute_bytes(unit).unwrap()).collect();
     Trace {
         norms: reports.iter().map(|report| report.grad_norm.to_bits()).collect(),
-        outcomes: reports.iter().map(|report| report.outcome).collect(),
+        outcomes: reports.into_iter().map(|report| report.outcome).collect(),
         weights,
         copies,
     }

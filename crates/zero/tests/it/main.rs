@@ -9,4 +9,5 @@ mod harness;
 mod numbers;
 mod parameters;
 mod reference;
+mod scaling;
 mod steps;

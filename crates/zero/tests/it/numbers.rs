@@ -1,13 +1,13 @@
 //! Every stage against the plain reference, and bit for bit against each other.
 
-use half::bf16;
+use half::{bf16, f16};
 use proptest::prelude::*;
 use shardwise_device::DType;
 use shardwise_kernels::Threads;
 use shardwise_plan::ZeroStage;
-use shardwise_zero::{Overlap, StepOutcome};
+use shardwise_zero::{GradientOp, LossScaling, Overlap, Predivide, ReductionOptions, StepOutcome};
 
-use crate::harness::{Model, Trace, common, options, trace, unchanged};
+use crate::harness::{Model, Trace, common, options, rounded, trace, unchanged};
 use crate::reference::Reference;
 
 /// The same f64 numbers added in another order.
@@ -25,22 +25,40 @@ struct Case {
     compute: DType,
     accum: usize,
     clip: Option<f64>,
+    reduction: ReductionOptions,
+}
+
+/// As it is by default, half of the time.
+fn reduction() -> impl Strategy<Value = ReductionOptions> {
+    let float = || prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]);
+    let predivide = vec![Predivide::By(1.0), Predivide::By(3.0), Predivide::By(4.0), Predivide::ByNumRanks];
+    let op = prop::sample::select(vec![GradientOp::Mean, GradientOp::Sum]);
+    let any = (float(), prop::option::of(float()), prop::sample::select(predivide), op).prop_map(
+        |(accumulation_dtype, communication_dtype, predivide, op)| ReductionOptions {
+            accumulation_dtype,
+            communication_dtype,
+            predivide,
+            op,
+        },
+    );
+    prop_oneof![Just(ReductionOptions::default()), any]
 }
 
 fn case() -> impl Strategy<Value = Case> {
     let units = prop::collection::vec(prop::collection::vec(0usize..150, 0..4), 1..5);
     let frozen = prop::collection::vec(0usize..12, 0..2);
     let world = prop::sample::select(vec![1usize, 2, 3, 4, 5, 7]);
-    let compute = prop::sample::select(vec![DType::F32, DType::Bf16]);
+    let compute = prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]);
     // Norms here are around one: the lower limit bites, the upper does not.
     let clip = prop::sample::select(vec![None, Some(0.05), Some(1e3)]);
-    (units, frozen, world, compute, 1usize..4, clip).prop_map(
-        |(units, frozen, world, compute, accum, clip)| Case {
+    (units, frozen, world, compute, 1usize..4, clip, reduction()).prop_map(
+        |(units, frozen, world, compute, accum, clip, reduction)| Case {
             model: Model { units, frozen },
             world,
             compute,
             accum,
             clip,
+            reduction,
         },
     )
 }
@@ -51,6 +69,8 @@ impl Case {
             grad_accum_steps: self.accum,
             clip_grad_norm: self.clip,
             no_decay: vec!["*.bias".into()],
+            loss_scaling: (self.compute == DType::F16).then_some(LossScaling::Static(256.0)),
+            reduction: self.reduction,
             ..options(stage, self.compute)
         }
     }
@@ -80,11 +100,8 @@ impl Case {
             let trainable = layouts.iter().any(|layout| layout.trainable && name.starts_with(&layout.name));
             let tolerance = if trainable { WEIGHT_TOLERANCE * NUM_STEPS as f32 } else { 0.0 };
             for (i, (value, expected)) in values.iter().zip(expected).enumerate() {
-                let expected = if !trainable && self.compute == DType::Bf16 {
-                    bf16::from_f32(*expected).to_f32() // frozen parameters are kept in the compute type only
-                } else {
-                    *expected
-                };
+                // Frozen parameters are kept in the compute type only.
+                let expected = if trainable { *expected } else { rounded(*expected, self.compute) };
                 assert!((value - expected).abs() <= tolerance, "{name}[{i}] is {value}, expected {expected}");
             }
         }
@@ -104,6 +121,7 @@ impl Case {
             }
             let bytes: Vec<u8> = match self.compute {
                 DType::Bf16 => expected.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+                DType::F16 => expected.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
                 _ => expected.iter().flat_map(|x| x.to_le_bytes()).collect(),
             };
             assert_eq!(*copy, bytes, "compute copy of `{}`", layout.name);
@@ -112,7 +130,7 @@ impl Case {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 90, ..ProptestConfig::default() })]
 
     #[test]
     fn every_stage_is_the_reference_and_its_peers_bit_for_bit(case in case()) {

@@ -67,7 +67,7 @@ proptest! {
     fn any_order_of_calls_finds_the_parameters_of_stage_0(
         calls in prop::collection::vec(call(), 1..40),
         world in 1usize..4,
-        compute in prop::sample::select(vec![DType::F32, DType::Bf16]),
+        compute in prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]),
     ) {
         let run = |stage, overlap| {
             let options = ZeroOptions { overlap, ..options(stage, compute) };

@@ -6,8 +6,6 @@ use shardwise_zero::{SkipReason, StepOutcome, ZeroOptions};
 
 use crate::harness::{Model, Trace, common, options, reduce, trace, train_step, unchanged, weights};
 
-const SKIPPED: StepOutcome = StepOutcome::Skipped { reason: SkipReason::NonFiniteGradient };
-
 fn model() -> Model {
     Model { frozen: vec![1], ..Model::new(&[&[37, 11], &[20], &[130, 3, 64]]) }
 }
@@ -16,7 +14,7 @@ fn model() -> Model {
 #[test]
 fn one_bad_number_on_one_rank_skips_the_step_everywhere() {
     for stage in ZeroStage::ALL {
-        for (compute, accum) in [(DType::F32, 1), (DType::Bf16, 1), (DType::F32, 3), (DType::Bf16, 3)] {
+        for (compute, accum) in [(DType::F32, 1), (DType::F16, 1), (DType::F32, 3), (DType::Bf16, 3)] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let options = ZeroOptions { grad_accum_steps: accum, ..options(stage, compute) };
                 let spoil = |rank: usize, values: &mut Vec<f32>| {
@@ -28,7 +26,12 @@ fn one_bad_number_on_one_rank_skips_the_step_everywhere() {
                     train_step(zero, 0, accum, &unchanged);
                     let (before, num_steps) = (weights(zero), zero.num_steps());
                     let report = train_step(zero, 1, accum, &spoil);
-                    assert_eq!(report.outcome, SKIPPED, "stage {stage}, {compute}, {bad}");
+                    // Every gradient of that rank is bad: the first parameter is named, whoever has its shard.
+                    let (unit, param) = ("unit0".to_owned(), "unit0.0.weight".to_owned());
+                    let reason = SkipReason::NonFiniteGradient { unit, param };
+                    let skipped = StepOutcome::Skipped { reason };
+                    assert_eq!(report.outcome, skipped, "stage {stage}, {compute}, {bad}");
+                    assert_eq!((report.loss_scale, report.num_skipped), (None, 1));
                     assert!(!report.grad_norm.is_finite());
                     assert_eq!(report.sums, [3.0], "what is summed on the way is told all the same");
                     assert_eq!((weights(zero), zero.num_steps()), (before, num_steps));
