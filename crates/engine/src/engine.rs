@@ -73,8 +73,9 @@ impl Engine {
         if layers.is_empty() {
             return Err(EngineError::NoLayers);
         }
-        check_patterns(&specs, "frozen", &options.frozen)?;
-        check_patterns(&specs, "no_decay", &options.zero.no_decay)?;
+        check_patterns(&specs, "frozen", options.frozen.iter().map(String::as_str))?;
+        let groups = options.zero.groups.iter().flat_map(|group| &group.patterns);
+        check_patterns(&specs, "groups", groups.map(|pattern| pattern.as_str()))?;
         let is_frozen = |name: &str| options.frozen.iter().any(|pattern| matches_pattern(pattern, name));
         let units = units_of(&specs, group.group_size(), is_frozen);
         let grad_accum_steps = options.zero.grad_accum_steps;
@@ -251,10 +252,14 @@ pub(crate) fn give_up(group: &dyn ProcessGroup, error: &EngineError) {
     group.poison(&reason.join(": "));
 }
 
-fn check_patterns(specs: &[LayerSpec], list: &'static str, patterns: &[String]) -> Result<(), EngineError> {
+fn check_patterns<'a>(
+    specs: &[LayerSpec],
+    list: &'static str,
+    mut patterns: impl Iterator<Item = &'a str>,
+) -> Result<(), EngineError> {
     let params = || specs.iter().flat_map(|spec| &spec.params);
-    match patterns.iter().find(|pattern| !params().any(|param| matches_pattern(pattern, &param.name))) {
-        Some(pattern) => Err(EngineError::PatternMatchesNothing { pattern: pattern.clone(), list }),
+    match patterns.find(|pattern| !params().any(|param| matches_pattern(pattern, &param.name))) {
+        Some(pattern) => Err(EngineError::PatternMatchesNothing { pattern: pattern.to_owned(), list }),
         None => Ok(()),
     }
 }

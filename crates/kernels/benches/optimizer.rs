@@ -7,6 +7,10 @@
 //! Bytes are counted as memory sees them: a store to a line that was not read first also reads it, unless it
 //! goes past the cache. Arrays are far larger than the caches. Loops and kernels take turns, so that a busy
 //! machine slows them alike; the fastest turn of each counts. All is done with one thread and with every core.
+//!
+//! `step` is all that follows the last gradient: the norm, then unscaling, clipping, update and 16-bit copy in one pass. With the
+//! arguments `step THREADS` that alone is done, once for each line of the standard input, and its milliseconds are
+//! printed: `scripts/bench_optimizer.py` has PyTorch take turns with it.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -35,7 +39,8 @@ const MEMORY: [Case; 4] = [
     Case { name: "memory: triad", reads: 12, writes: 4, run: |x, n| parts(x, n, triad) },
 ];
 
-const KERNELS: [Case; 9] = [
+const KERNELS: [Case; 10] = [
+    Case { name: "step", reads: 20, writes: 14, run: step },
     Case { name: "adamw", reads: 16, writes: 12, run: |x, n| adamw(x, n, |_| ComputeCopy::None) },
     Case {
         name: "adamw, bf16 copy",
@@ -78,6 +83,9 @@ struct Arrays<'a> {
 }
 
 fn main() {
+    let mut args = std::env::args().skip_while(|arg| arg != "step").skip(1);
+    let server =
+        args.next().map(|count| count.parse().ok().and_then(Threads::new).expect("a number of threads"));
     let mut buffers: [Buffer; 5] = std::array::from_fn(|_| buffer(DType::F32));
     let [grad, master, exp_avg, exp_avg_sq, sums] = buffers.each_mut().map(numbers);
     let mut copy = buffer(DType::Bf16);
@@ -87,6 +95,14 @@ fn main() {
     philox::fill_normal_on(all, 1, "grad", 0, 0.0, 1.0, arrays.grad);
     philox::fill_normal_on(all, 1, "master", 0, 0.0, 0.02, arrays.master);
 
+    if let Some(threads) = server {
+        for _ in std::io::stdin().lines() {
+            let start = Instant::now();
+            step(&mut arrays, threads);
+            println!("{}", start.elapsed().as_secs_f64() * 1e3);
+        }
+        return;
+    }
     println!("{NUMEL} elements, the best of {ROUNDS} rounds");
     measure(&mut arrays, Threads::ONE);
     if cores > 1 {
@@ -136,7 +152,23 @@ fn use_it<T>(value: T) {
     black_box(value);
 }
 
+/// Norm, decision, and one pass for the rest.
+fn step(x: &mut Arrays<'_>, threads: Threads) {
+    let norm = norm::sum_of_squares_on(threads, x.grad).sqrt();
+    assert!(norm.is_finite());
+    update(x, threads, (1.0 / norm).min(1.0) as f32, |copy| ComputeCopy::Bf16(copy));
+}
+
 fn adamw(x: &mut Arrays<'_>, threads: Threads, compute: for<'a> fn(&'a mut [bf16]) -> ComputeCopy<'a>) {
+    update(x, threads, 0.5, compute);
+}
+
+fn update(
+    x: &mut Arrays<'_>,
+    threads: Threads,
+    grad_scale: f32,
+    compute: for<'a> fn(&'a mut [bf16]) -> ComputeCopy<'a>,
+) {
     x.step += 1;
     let adam = Adam {
         lr: 1e-3,
@@ -150,7 +182,7 @@ fn adamw(x: &mut Arrays<'_>, threads: Threads, compute: for<'a> fn(&'a mut [bf16
     };
     let states = States::F32([x.exp_avg, x.exp_avg_sq]);
     let tensors = Tensors { grad: x.grad, master: x.master, states, compute: compute(x.copy) };
-    adam.step_on(threads, 0.5, tensors);
+    adam.step_on(threads, grad_scale, tensors);
 }
 
 /// Runs `work` on equal parts of two arrays to read and one to write.

@@ -7,12 +7,26 @@ use half::{bf16, f16};
 use shardwise_comm::{Group, thread};
 use shardwise_device::{Buffer, DType, Place, Slice};
 use shardwise_kernels::Threads;
+use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{Init, ParamSpec, UnitLayout, ZeroStage};
 use shardwise_zero::{
-    AdamWOptions, OnNonFinite, Overlap, ReductionOptions, StepOutcome, StepReport, Zero, ZeroOptions,
+    AdamOptions, BiasCorrection, OnNonFinite, Optimizer, Overlap, ParamGroup, ReductionOptions,
+    StatePrecision, StepOutcome, StepReport, Zero, ZeroOptions,
 };
 
 pub const LR: f64 = 0.01;
+pub const ADAM: AdamOptions = AdamOptions {
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    bias_correction: BiasCorrection::On,
+};
+
+/// Every second parameter, see [`Model::layouts`].
+pub fn biases_without_decay() -> Vec<ParamGroup> {
+    vec![ParamGroup::no_decay(vec![NamePattern::new("*.bias")])]
+}
 
 /// Elements of each parameter of each unit, and which units are frozen.
 #[derive(Debug, Clone)]
@@ -26,14 +40,20 @@ impl Model {
         Model { units: units.iter().map(|sizes| sizes.to_vec()).collect(), frozen: Vec::new() }
     }
 
-    /// Every second parameter is a bias, by name.
+    /// Every second parameter is a bias, by name; the others are matrices if they can be, with sides up to 8.
     pub fn layouts(&self, num_shards: usize) -> Vec<UnitLayout> {
         let unit = |(index, sizes): (usize, &Vec<usize>)| {
             let name = format!("unit{index}");
             let key = |i: usize| format!("{i}.{}", if i.is_multiple_of(2) { "weight" } else { "bias" });
             let params = sizes.iter().enumerate();
-            let params =
-                params.map(|(i, &numel)| ParamSpec::new(&name, &key(i), &[numel], Init::Zeros)).collect();
+            let shape = |i: usize, numel: usize| match numel.is_multiple_of(8) && numel > 0 {
+                true if i.is_multiple_of(4) => vec![8, numel / 8],
+                true if i.is_multiple_of(2) => vec![numel / 8, 8],
+                _ => vec![numel],
+            };
+            let params = params
+                .map(|(i, &numel)| ParamSpec::new(&name, &key(i), &shape(i, numel), Init::Zeros))
+                .collect();
             UnitLayout::new(&name, !self.frozen.contains(&index), params, num_shards)
         };
         self.units.iter().enumerate().map(unit).collect()
@@ -60,8 +80,9 @@ pub fn options(stage: ZeroStage, compute: DType) -> ZeroOptions {
         compute,
         grad_accum_steps: 1,
         clip_grad_norm: None,
-        adamw: AdamWOptions { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 },
-        no_decay: vec![],
+        optimizer: Optimizer::AdamW(ADAM),
+        groups: vec![],
+        states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
         loss_scaling: None,

@@ -4,10 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod accounting;
+mod algorithms;
 mod errors;
 mod harness;
 mod numbers;
+mod optimizers;
 mod parameters;
 mod reference;
 mod scaling;
+mod state;
 mod steps;

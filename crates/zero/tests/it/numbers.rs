@@ -7,7 +7,7 @@ use shardwise_kernels::Threads;
 use shardwise_plan::ZeroStage;
 use shardwise_zero::{GradientOp, LossScaling, Overlap, Predivide, ReductionOptions, StepOutcome};
 
-use crate::harness::{Model, Trace, common, options, rounded, trace, unchanged};
+use crate::harness::{Model, Trace, biases_without_decay, common, options, rounded, trace, unchanged};
 use crate::reference::Reference;
 
 /// The same f64 numbers added in another order.
@@ -68,7 +68,7 @@ impl Case {
         shardwise_zero::ZeroOptions {
             grad_accum_steps: self.accum,
             clip_grad_norm: self.clip,
-            no_decay: vec!["*.bias".into()],
+            groups: biases_without_decay(),
             loss_scaling: (self.compute == DType::F16).then_some(LossScaling::Static(256.0)),
             reduction: self.reduction,
             ..options(stage, self.compute)

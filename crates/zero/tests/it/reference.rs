@@ -1,4 +1,4 @@
-//! The plain form of what `zero` does: data-parallel AdamW on whole arrays, every rank's gradient in one place.
+//! The plain form of what `zero` does: data-parallel training on whole arrays, every rank's gradient in one place.
 //!
 //! Sums of gradients are part of the contract, so they are done in f32 in the promised order; everything after
 //! them is done in f64 and rounded to what is kept. What is divided before it is sent is always divided here.
@@ -7,14 +7,14 @@ use shardwise_device::DType;
 use shardwise_plan::{ParamSpec, UnitLayout};
 use shardwise_zero::{GradientOp, LossScaling, Predivide, ZeroOptions};
 
+use crate::algorithms;
 use crate::harness::{self, LR, rounded};
 
 struct Param {
     spec: ParamSpec,
     trainable: bool,
     weight: Vec<f32>,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    states: Vec<Vec<f32>>,
 }
 
 pub struct Reference {
@@ -36,8 +36,8 @@ impl Reference {
         let params = slots.map(|(spec, trainable)| {
             let mut weight = vec![0.0; spec.numel()];
             harness::fill(spec, 0..spec.numel(), &mut weight).unwrap();
-            let zeros = vec![0.0; spec.numel()];
-            Param { spec: spec.clone(), trainable, weight, exp_avg: zeros.clone(), exp_avg_sq: zeros }
+            let states = algorithms::first_states(&options.optimizer, spec);
+            Param { spec: spec.clone(), trainable, weight, states }
         });
         Reference { world, options: options.clone(), params: params.collect(), num_steps: 0 }
     }
@@ -117,20 +117,16 @@ impl Reference {
         let norm = squares.sqrt() * mean;
         let clip = self.options.clip_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
         self.num_steps += 1;
-        let h = self.options.adamw;
-        let correct = |beta: f64| 1.0 - beta.powi(self.num_steps);
         for (param, grad) in self.params.iter_mut().zip(&grads).filter(|(param, _)| param.trainable) {
-            let exempt = self.options.no_decay.iter().any(|suffix| param.spec.name.ends_with(&suffix[1..]));
-            let decay = if exempt { 0.0 } else { h.weight_decay };
-            for (i, &g) in grad.iter().enumerate() {
-                let g = f64::from(g) * mean * clip;
-                let m = h.beta1 * f64::from(param.exp_avg[i]) + (1.0 - h.beta1) * g;
-                let v = h.beta2 * f64::from(param.exp_avg_sq[i]) + (1.0 - h.beta2) * g * g;
-                let update = m / correct(h.beta1) / ((v / correct(h.beta2)).sqrt() + h.eps);
-                let weight = f64::from(param.weight[i]) * (1.0 - LR * decay) - LR * update;
-                (param.exp_avg[i], param.exp_avg_sq[i], param.weight[i]) =
-                    (m as f32, v as f32, weight as f32);
+            let group = self.options.groups.iter().find(|group| group.matches(&param.spec.name));
+            let grad: Vec<f64> = grad.iter().map(|&g| f64::from(g) * mean * clip).collect();
+            algorithms::Step {
+                optimizer: &self.options.optimizer,
+                lr: LR * group.map_or(1.0, |group| group.lr_scale),
+                decay: group.and_then(|group| group.weight_decay),
+                step: self.num_steps,
             }
+            .take(&param.spec, &grad, &mut param.weight, &mut param.states);
         }
         norm
     }

@@ -4,7 +4,9 @@ use shardwise_device::DType;
 use shardwise_plan::ZeroStage;
 use shardwise_zero::{SkipReason, StepOutcome, ZeroOptions};
 
-use crate::harness::{Model, Trace, common, options, reduce, trace, train_step, unchanged, weights};
+use crate::harness::{
+    Model, Trace, biases_without_decay, common, options, reduce, trace, train_step, unchanged, weights,
+};
 
 fn model() -> Model {
     Model { frozen: vec![1], ..Model::new(&[&[37, 11], &[20], &[130, 3, 64]]) }
@@ -77,15 +79,14 @@ fn a_rank_without_any_gradient_of_a_unit_joins_in() {
 fn no_decay_exempts_the_parameters_it_names_and_no_others() {
     let model = Model::new(&[&[50, 50, 50]]);
     for stage in ZeroStage::ALL {
-        let options = ZeroOptions { no_decay: vec!["*.bias".into()], ..options(stage, DType::F32) };
+        let options = ZeroOptions { groups: biases_without_decay(), ..options(stage, DType::F32) };
         model.run(2, &options, |zero| {
             let before = weights(zero);
             zero.reduce(0, 0, &[None, None, None]).unwrap();
             zero.step(0.5, &[]).unwrap();
             for ((name, before), (_, after)) in before.iter().zip(weights(zero)) {
                 // 1 - lr * decay, as the update computes it.
-                let factor =
-                    if name.ends_with("bias") { 1.0 } else { (1.0 - 0.5 * f64::from(0.1f32)) as f32 };
+                let factor = if name.ends_with("bias") { 1.0 } else { (1.0 - 0.5 * 0.1f64) as f32 };
                 let expected: Vec<_> = before.iter().map(|x| x * factor).collect();
                 assert_eq!(after, expected, "{name}, stage {stage}");
             }
