@@ -17,7 +17,9 @@ use std::time::Instant;
 
 use half::bf16;
 use shardwise_device::{Buffer, DType, Element, Place};
-use shardwise_kernels::optimizer::{Adam, BiasCorrection, ComputeCopy, States, Tensors, WeightDecay};
+use shardwise_kernels::optimizer::{
+    Adam, BiasCorrection, ComputeCopy, Lamb, Lion, Noise, States, Tensors, WeightDecay, orthogonalize_on,
+};
 use shardwise_kernels::{Threads, add, cast, norm, philox};
 
 const NUMEL: usize = 100_000_000;
@@ -39,7 +41,7 @@ const MEMORY: [Case; 4] = [
     Case { name: "memory: triad", reads: 12, writes: 4, run: |x, n| parts(x, n, triad) },
 ];
 
-const KERNELS: [Case; 10] = [
+const KERNELS: [Case; 13] = [
     Case { name: "step", reads: 20, writes: 14, run: step },
     Case { name: "adamw", reads: 16, writes: 12, run: |x, n| adamw(x, n, |_| ComputeCopy::None) },
     Case {
@@ -48,6 +50,28 @@ const KERNELS: [Case; 10] = [
         writes: 14,
         run: |x, n| adamw(x, n, |copy| ComputeCopy::Bf16(copy)),
     },
+    Case {
+        name: "lion",
+        reads: 12,
+        writes: 8,
+        run: |x, n| {
+            let states = States::F32([x.exp_avg]);
+            let tensors = Tensors { grad: x.grad, master: x.master, states, compute: ComputeCopy::None };
+            LION.step_on(n, 0.5, tensors);
+        },
+    },
+    Case {
+        name: "lion, bf16 state",
+        reads: 10,
+        writes: 6,
+        run: |x, n| {
+            x.step += 1;
+            let states = States::Bf16([x.copy], Noise::new(1, "bench", x.step, 0));
+            let tensors = Tensors { grad: x.grad, master: x.master, states, compute: ComputeCopy::None };
+            LION.step_on(n, 0.5, tensors);
+        },
+    },
+    Case { name: "lamb, bf16 copy", reads: 28, writes: 14, run: lamb },
     Case {
         name: "sum_of_squares",
         reads: 4,
@@ -105,8 +129,10 @@ fn main() {
     }
     println!("{NUMEL} elements, the best of {ROUNDS} rounds");
     measure(&mut arrays, Threads::ONE);
+    measure_orthogonalization(arrays.sums, Threads::ONE);
     if cores > 1 {
         measure(&mut arrays, all);
+        measure_orthogonalization(arrays.sums, all);
     }
 }
 
@@ -140,6 +166,21 @@ fn measure(arrays: &mut Arrays<'_>, threads: Threads) {
     }
 }
 
+/// Muon's matrix products, on a matrix of a layer.
+fn measure_orthogonalization(matrix: &mut [f32], threads: Threads) {
+    const SHAPE: [usize; 2] = [1024, 4096];
+    const STEPS: usize = 5;
+    let [rows, cols] = SHAPE;
+    let flop = STEPS * 2 * rows * rows * (2 * cols + rows);
+    let seconds = (0..3).map(|_| {
+        let start = Instant::now();
+        orthogonalize_on(threads, SHAPE, STEPS, &mut matrix[..rows * cols]);
+        start.elapsed().as_secs_f64()
+    });
+    let best = seconds.fold(f64::INFINITY, f64::min);
+    println!("orthogonalize {rows} x {cols}: {:.0} ms, {:.0} GFLOP/s", best * 1e3, flop as f64 / best / 1e9);
+}
+
 fn buffer(dtype: DType) -> Buffer {
     Buffer::zeroed(dtype, NUMEL, Place::Cpu).expect("memory for the benchmark")
 }
@@ -150,6 +191,26 @@ fn numbers<T: Element>(buffer: &mut Buffer) -> &mut [T] {
 
 fn use_it<T>(value: T) {
     black_box(value);
+}
+
+const LION: Lion = Lion { lr: 1e-5, beta1: 0.9, beta2: 0.99, weight_decay: 0.1 };
+
+/// Both passes.
+fn lamb(x: &mut Arrays<'_>, threads: Threads) {
+    x.step += 1;
+    let lamb = Lamb {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-6,
+        weight_decay: 0.1,
+        max_coeff: 10.0,
+        min_coeff: 0.01,
+        bias_correction: BiasCorrection::On,
+        step: x.step,
+    };
+    let norms = lamb.moments_on(threads, 0.5, x.grad, x.master, x.exp_avg, x.exp_avg_sq);
+    lamb.apply_on(threads, norms, x.master, x.exp_avg, x.exp_avg_sq, ComputeCopy::Bf16(x.copy));
 }
 
 /// Norm, decision, and one pass for the rest.

@@ -93,7 +93,7 @@ pub struct StateBytes {
     pub params: usize,
     /// fp32 master weights, where they are apart from the compute copy.
     pub master_params: usize,
-    /// First and second moments.
+    /// Optimizer states.
     pub optimizer: usize,
     /// Gradients, in fp32 unless another type is asked for.
     pub grads: usize,

@@ -11,14 +11,18 @@ use crate::harness::{Model, common, options, reduce, trace, train_step, unchange
 use crate::optimizers;
 
 /// Bytes of each state of each parameter, whole.
-type Saved = BTreeMap<(String, &'static str), (DType, Vec<u8>)>;
+type Saved = BTreeMap<Key, (DType, Vec<u8>)>;
+/// Which elements were told.
+type Seen = BTreeMap<Key, Vec<bool>>;
+/// Of a parameter and of a state.
+type Key = (String, &'static str);
 
 fn model() -> Model {
     Model { frozen: vec![1], ..Model::new(&[&[8 * 13, 11, 8 * 40], &[40], &[8 * 9, 3], &[70]]) }
 }
 
 /// Adds this rank's part, and checks that nobody told it before.
-fn save(zero: &mut Zero, saved: &Mutex<(Saved, BTreeMap<(String, &'static str), Vec<bool>>)>) {
+fn save(zero: &mut Zero, saved: &Mutex<(Saved, Seen)>) {
     let mut guard = saved.lock().unwrap();
     let (saved, seen) = &mut *guard;
     zero.for_each_state::<ZeroError>(|part| {
