@@ -29,6 +29,9 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         no_decay: Vec::new(),
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     // Nothing is trained, so there are no gradients and no optimizer states.
     let options = EngineOptions { zero, frozen: vec!["*".into()] };

@@ -73,6 +73,9 @@ fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
             no_decay: names(&run.train.no_decay),
             overlap: run.overlap(num_cores(), threads.get()),
             threads,
+            loss_scaling: None,
+            on_non_finite: Default::default(),
+            reduction: Default::default(),
         },
         frozen: names(&run.train.frozen),
     }

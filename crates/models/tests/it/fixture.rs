@@ -64,6 +64,9 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         no_decay: vec![],
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     EngineOptions { zero, frozen: vec![] }
 }

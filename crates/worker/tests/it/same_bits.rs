@@ -46,6 +46,9 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
             no_decay: vec![],
             overlap: Overlap::Inline,
             threads: Threads::ONE,
+            loss_scaling: None,
+            on_non_finite: Default::default(),
+            reduction: Default::default(),
         },
         frozen: vec![],
     };
