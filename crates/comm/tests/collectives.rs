@@ -105,8 +105,6 @@ fn large_calls_stream_past_the_cache_and_stay_the_same() {
         Step::AllReduce { dtype: DType::Bf16, numel },
         Step::AllReduce { dtype: DType::F32, numel },
         Step::ReduceScatter { dtype: DType::Bf16, shard_dtype: DType::F32, numel, cuts: 5 },
-        Step::ReduceScatter { dtype: DType::F16, shard_dtype: DType::F32, numel, cuts: 5 },
-        Step::AllReduce { dtype: DType::F16, numel },
         Step::AllGather { dtype: DType::Bf16, numel, in_place: true },
         Step::AllGather { dtype: DType::Bf16, numel, in_place: false },
         Step::AllToAll { dtype: DType::U8, numel },
