@@ -27,6 +27,7 @@
 //! scale, is one factor in the step ([`ReductionOptions`] has other ways). Without accumulation every stage adds the same numbers in the same order, so all stages give the same
 //! bits; with accumulation stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round.
 
+mod decision;
 mod error;
 mod export;
 mod gradients;
