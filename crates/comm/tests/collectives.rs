@@ -147,6 +147,46 @@ fn subgroups_over_shared_memory() {
     }
 }
 
+/// What a loss scale relies on: nothing that was too large for f16 is finite again after a sum, on any rank.
+#[test]
+fn infinities_outlive_sums_of_f16() {
+    use half::f16;
+    const NUMEL: usize = 3 * 1100;
+    // In pieces of 4 KiB, and on three ranks in more than one way: large calls divide the work.
+    let results = thread::run_with(3, options(), |group| {
+        let rank = group.group_rank();
+        let mut own = vec![f16::from_f32(2.0); NUMEL];
+        for (i, x) in own.iter_mut().enumerate().filter(|(i, _)| i % 100 < 4) {
+            *x = match (i % 100, rank) {
+                (0, 1) => f16::INFINITY,
+                (1, 0) => f16::INFINITY,
+                (1, 2) => f16::NEG_INFINITY,
+                (2, 2) => f16::NAN,
+                // Finite on each rank, too large together for f16 and not for f32.
+                (3, _) => f16::from_f32(-40_000.0),
+                _ => *x,
+            };
+        }
+        let mut narrow = own.clone();
+        group.all_reduce(SliceMut::of(&mut narrow)).unwrap();
+        let mut wide = vec![0f32; NUMEL / 3];
+        group.reduce_scatter(&[Part::Data(Slice::of(&own))], SliceMut::of(&mut wide)).unwrap();
+        let narrow: Vec<f32> = narrow.into_iter().map(f16::to_f32).collect();
+        (narrow, wide)
+    });
+    let whole: Vec<f32> = results.iter().flat_map(|(_, wide)| wide.clone()).collect();
+    for (narrow, _) in &results {
+        for (i, (narrow, wide)) in narrow.iter().zip(&whole).enumerate() {
+            match i % 100 {
+                0 => assert_eq!((*narrow, *wide), (f32::INFINITY, f32::INFINITY)),
+                1 | 2 => assert!(narrow.is_nan() && wide.is_nan()),
+                3 => assert_eq!((*narrow, *wide), (f32::NEG_INFINITY, -120_000.0)),
+                _ => assert_eq!((*narrow, *wide), (6.0, 6.0)),
+            }
+        }
+    }
+}
+
 #[test]
 fn a_group_of_one_copies_and_converts() {
     let group = solo();

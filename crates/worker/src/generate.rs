@@ -9,7 +9,7 @@ use shardwise_engine::{Engine, EngineOptions};
 use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, read_config};
 use shardwise_plan::ZeroStage;
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
 
 use crate::GenerateArgs;
 use crate::failure::Failure;
@@ -25,10 +25,20 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         compute: DType::F32,
         grad_accum_steps: 1,
         clip_grad_norm: None,
-        adamw: AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
-        no_decay: Vec::new(),
+        optimizer: Optimizer::AdamW(AdamOptions {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            bias_correction: BiasCorrection::On,
+        }),
+        groups: vec![],
+        states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     // Nothing is trained, so there are no gradients and no optimizer states.
     let options = EngineOptions { zero, frozen: vec!["*".into()] };

@@ -8,7 +8,7 @@ use shardwise_engine::{Engine, EngineOptions, ParamSource, RandomInit};
 use shardwise_kernels::Threads;
 use shardwise_models::HfSource;
 use shardwise_plan::zoo::ModelConfig;
-use shardwise_zero::{AdamWOptions, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, ParamGroup, StatePrecision, ZeroOptions};
 
 use crate::failure::Failure;
 
@@ -64,15 +64,20 @@ fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
             },
             grad_accum_steps: run.batch.grad_accum_steps,
             clip_grad_norm: run.clip_grad_norm,
-            adamw: AdamWOptions {
+            optimizer: shardwise_zero::Optimizer::AdamW(AdamOptions {
                 beta1: adamw.betas[0],
                 beta2: adamw.betas[1],
                 eps: adamw.eps,
                 weight_decay: adamw.weight_decay,
-            },
-            no_decay: names(&run.train.no_decay),
+                bias_correction: BiasCorrection::On,
+            }),
+            groups: vec![ParamGroup::no_decay(run.train.no_decay.clone())],
+            states: StatePrecision::F32,
             overlap: run.overlap(num_cores(), threads.get()),
             threads,
+            loss_scaling: None,
+            on_non_finite: Default::default(),
+            reduction: Default::default(),
         },
         frozen: names(&run.train.frozen),
     }

@@ -28,6 +28,7 @@
 //! bits; with accumulation stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round.
 
 mod algorithm;
+mod decision;
 mod error;
 mod export;
 mod gradients;

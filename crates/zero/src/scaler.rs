@@ -169,7 +169,7 @@ impl LossScaler {
             Found::NonFinite if state.scale <= rules.min_scale => return Verdict::AtMinimum,
             Found::NonFinite => state.scale = (state.scale / 2.0).max(rules.min_scale),
             Found::Finite => {
-                // Before the first overflow, steps are counted from the one before the first.
+                // Clean steps before this one, since the last overflow or the start.
                 let num_clean = state.last_overflow_iter.map_or(state.iter, |last| state.iter - last - 1);
                 let is_window = num_clean > 0 && num_clean.is_multiple_of(rules.window);
                 if is_window {
@@ -270,12 +270,12 @@ mod tests {
         let mut num_since_full = 0;
         for (now, &found) in history.iter().enumerate() {
             let previous = history[..now].iter().rposition(|&earlier| earlier == Found::NonFinite);
-            // Clean steps between the last overflow (as if there had been one before the first step, plus one) and now.
+            // Clean steps before this one, since the last overflow or the start.
             let num_clean = match previous {
                 Some(at) => now - at - 1,
                 None => now,
             };
-            let doubles = num_clean > 0 && num_clean as u64 % rules.window == 0;
+            let doubles = num_clean > 0 && (num_clean as u64).is_multiple_of(rules.window);
             match found {
                 Found::Finite => {
                     if doubles {

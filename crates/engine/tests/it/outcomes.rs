@@ -4,7 +4,7 @@ use shardwise_comm::thread;
 use shardwise_device::DType;
 use shardwise_kernels::Threads;
 use shardwise_plan::ZeroStage;
-use shardwise_zero::{Overlap, SkipReason, StepOutcome};
+use shardwise_zero::{Overlap, StepOutcome};
 
 use crate::layers::BAD_TOKEN;
 use crate::runs::{LR, Run, weights};
@@ -12,7 +12,6 @@ use crate::runs::{LR, Run, weights};
 /// A step that one rank's data spoils is skipped by all, and the run goes on as if it had not been.
 #[test]
 fn one_ranks_bad_data_skips_the_step_on_all() {
-    let skipped = StepOutcome::Skipped { reason: SkipReason::NonFiniteGradient };
     for stage in ZeroStage::ALL {
         for (compute, accum, overlap) in [
             (DType::F32, 1, Overlap::Inline),
@@ -38,7 +37,8 @@ fn one_ranks_bad_data_skips_the_step_on_all() {
                     };
                     let report = engine.train_step(LR, batch).unwrap();
                     if step == 1 {
-                        assert_eq!(report.step.outcome, skipped, "rank {rank}, stage {stage}");
+                        let is_skipped = matches!(report.step.outcome, StepOutcome::Skipped { .. });
+                        assert!(is_skipped, "rank {rank}, stage {stage}");
                         assert!(!report.step.grad_norm.is_finite() && !report.loss.is_finite());
                         assert_eq!(engine.zero().num_steps(), num_steps);
                         assert!(weights(&mut engine) == before, "nothing moved");

@@ -7,7 +7,7 @@ use shardwise_plan::{Init, LayerSpec, ParamSpec, ZeroStage};
 use shardwise_torch::{Kind, Tensor};
 
 use crate::layers::{Gradients, model};
-use crate::runs::{Run, batch, chain, engine, options};
+use crate::runs::{Run, batch, chain, engine, no_decay, options};
 
 fn refused(layers: Vec<Box<dyn Layer>>, change: impl FnOnce(&mut shardwise_engine::EngineOptions)) -> String {
     let mut options = options(ZeroStage::One, DType::F32);
@@ -23,8 +23,8 @@ fn patterns_must_match_something() {
         "pattern `nobody.*` of `frozen` matches no parameter"
     );
     assert_eq!(
-        refused(model(Gradients::Always), |options| options.zero.no_decay = vec!["bias".into()]),
-        "pattern `bias` of `no_decay` matches no parameter"
+        refused(model(Gradients::Always), |options| options.zero.groups = vec![no_decay(&["bias".into()])]),
+        "pattern `bias` of `groups` matches no parameter"
     );
 }
 

@@ -5,8 +5,11 @@ use shardwise_device::DType;
 use shardwise_engine::{Batch, BoxError, Engine, EngineError, EngineOptions, Layer, RandomInit};
 use shardwise_kernels::Threads;
 use shardwise_plan::ZeroStage;
+use shardwise_plan::pattern::NamePattern;
 use shardwise_torch::{Tensor, set_num_threads};
-use shardwise_zero::{AdamWOptions, Overlap, StepOutcome, ZeroOptions};
+use shardwise_zero::{
+    AdamOptions, BiasCorrection, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome, ZeroOptions,
+};
 
 use crate::layers::{Gradients, VOCAB, model};
 
@@ -49,7 +52,7 @@ impl Run {
         options.zero.grad_accum_steps = self.accum;
         options.zero.overlap = self.overlap;
         options.zero.clip_grad_norm = self.clip;
-        options.zero.no_decay = self.no_decay.clone();
+        options.zero.groups = vec![no_decay(&self.no_decay)];
         options.frozen = self.frozen.clone();
         options
     }
@@ -121,16 +124,31 @@ impl Trace {
     }
 }
 
+/// Parameters without weight decay, by patterns.
+pub fn no_decay(patterns: &[String]) -> ParamGroup {
+    ParamGroup::no_decay(patterns.iter().map(NamePattern::new).collect())
+}
+
 pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
     let zero = ZeroOptions {
         stage,
         compute,
         grad_accum_steps: 1,
         clip_grad_norm: None,
-        adamw: AdamWOptions { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 },
-        no_decay: vec![],
+        optimizer: Optimizer::AdamW(AdamOptions {
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            bias_correction: BiasCorrection::On,
+        }),
+        groups: vec![],
+        states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     EngineOptions { zero, frozen: vec![] }
 }

@@ -11,7 +11,7 @@ use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, build, read_config};
 use shardwise_plan::ZeroStage;
 use shardwise_torch::{Kind, Tensor, set_num_threads};
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
 
 /// Grouped queries; tied and in two files; biases, a head width of its own and Llama 3's rotary scaling; GPT-2; GPT-2
 /// with the names of a bare decoder.
@@ -60,10 +60,20 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         compute,
         grad_accum_steps: 1,
         clip_grad_norm: Some(1.0),
-        adamw: AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
-        no_decay: vec![],
+        optimizer: Optimizer::AdamW(AdamOptions {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            bias_correction: BiasCorrection::On,
+        }),
+        groups: vec![],
+        states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     EngineOptions { zero, frozen: vec![] }
 }

@@ -8,7 +8,7 @@ use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, build, read_config, save_hf};
 use shardwise_plan::ZeroStage;
 use shardwise_torch::{Tensor, set_num_threads};
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
 
 use crate::case::{Case, Curve, fixture, read_json};
 use crate::ranks::Ranks;
@@ -37,15 +37,20 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
             compute: if case.bf16 { DType::Bf16 } else { DType::F32 },
             grad_accum_steps: case.accum,
             clip_grad_norm: Some(number("clip")),
-            adamw: AdamWOptions {
+            optimizer: Optimizer::AdamW(AdamOptions {
                 beta1: hyper["betas"][0].as_f64().unwrap(),
                 beta2: hyper["betas"][1].as_f64().unwrap(),
                 eps: number("eps"),
                 weight_decay: number("weight_decay"),
-            },
-            no_decay: vec![],
+                bias_correction: BiasCorrection::On,
+            }),
+            groups: vec![],
+            states: StatePrecision::F32,
             overlap: Overlap::Inline,
             threads: Threads::ONE,
+            loss_scaling: None,
+            on_non_finite: Default::default(),
+            reduction: Default::default(),
         },
         frozen: vec![],
     };
