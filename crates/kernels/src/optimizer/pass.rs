@@ -42,7 +42,8 @@ impl<T: Float16> Copy16 for &mut [T] {
 }
 
 /// Stores past the cache. The other arrays are read before they are written, so only the copy gains: its lines
-/// need not be read first, which is a ninth of all reads.
+/// need not be read first, which is a ninth of all reads. Streaming those too makes a step half as slow again, and asking
+/// for lines ahead of the loads slows it by a tenth: measured on an AMD Zen 4, with one thread and with two.
 pub(super) struct Streamed<'a, T>(pub &'a mut [T]);
 
 impl<T: Float16> Copy16 for Streamed<'_, T> {
