@@ -9,7 +9,8 @@
 //! | [`param`] | what parameters does a layer have, and how are they born? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
-//! | [`schedule`] | in what order does a rank run forward, backward and step? |
+//! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
+//! | [`pipeline`] | which layers does a pipeline stage hold, and in what order does it run them? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`run`] | all of that for one run |
@@ -23,6 +24,7 @@ pub mod memory;
 pub mod mesh;
 pub mod param;
 pub mod pattern;
+pub mod pipeline;
 pub mod run;
 pub mod schedule;
 mod stage;
