@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`mesh`] | which rank is where on the pipeline, data and tensor axes? |
 //! | [`param`] | what parameters does a layer have, and how are they born? |
+//! | [`tensor`] | how is a parameter cut over the ranks of a tensor group? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
 //! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
@@ -14,6 +15,7 @@
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`run`] | all of that for one run |
+//! | [`planner`] | which layout of many ranks fits their memory, and which is fastest? |
 //! | [`zoo`] | what layers does a Hugging Face `config.json` describe? |
 
 #![forbid(unsafe_code)]
@@ -25,9 +27,11 @@ pub mod mesh;
 pub mod param;
 pub mod pattern;
 pub mod pipeline;
+pub mod planner;
 pub mod run;
 pub mod schedule;
 mod stage;
+pub mod tensor;
 pub mod traffic;
 pub mod zoo;
 
@@ -38,3 +42,4 @@ pub use param::{Init, LayerSpec, ParamSpec};
 pub use pattern::NamePattern;
 pub use schedule::Overlap;
 pub use stage::ZeroStage;
+pub use tensor::{SplitUnits, TensorSplit};

@@ -9,6 +9,7 @@ use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
 use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
+use crate::tensor::{SplitUnits, TensorSplit};
 
 /// What a GPT-2 `config.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -76,7 +77,8 @@ impl Gpt2Config {
     /// Embeddings, blocks, head (with the final norm).
     pub fn layers(&self) -> Vec<LayerSpec> {
         let d = self.n_embd;
-        let embedding = ParamSpec::new("transformer", "wte.weight", &[self.vocab_size, d], self.init());
+        let embedding = ParamSpec::new("transformer", "wte.weight", &[self.vocab_size, d], self.init())
+            .split(TensorSplit::VOCABULARY);
         let positions = ParamSpec::new("transformer", "wpe.weight", &[self.n_positions, d], self.init());
         let mut head = LayerSpec {
             name: "lm_head".into(),
@@ -87,7 +89,8 @@ impl Gpt2Config {
         };
         head.params.push(match self.tie_word_embeddings {
             true => ParamSpec { key: "weight".into(), ..embedding.clone() },
-            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, d], self.init()),
+            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, d], self.init())
+                .split(TensorSplit::VOCABULARY),
         });
         let mut layers =
             vec![LayerSpec { name: "transformer.embeddings".into(), params: vec![embedding, positions] }];
@@ -102,20 +105,25 @@ impl Gpt2Config {
         // Residual branches are born smaller, by the square root of how many there are.
         let residual = normal(self.initializer_range / (2.0 * self.n_layer as f64).sqrt());
         let mut params = Vec::new();
-        let mut push =
-            |key: &str, shape: &[usize], init| params.push(ParamSpec::new(&name, key, shape, init));
-        push("ln_1.weight", &[d], Init::Ones);
-        push("ln_1.bias", &[d], Init::Zeros);
-        push("attn.c_attn.weight", &[d, 3 * d], self.init());
-        push("attn.c_attn.bias", &[3 * d], Init::Zeros);
-        push("attn.c_proj.weight", &[d, d], residual);
-        push("attn.c_proj.bias", &[d], Init::Zeros);
-        push("ln_2.weight", &[d], Init::Ones);
-        push("ln_2.bias", &[d], Init::Zeros);
-        push("mlp.c_fc.weight", &[d, f], self.init());
-        push("mlp.c_fc.bias", &[f], Init::Zeros);
-        push("mlp.c_proj.weight", &[f, d], residual);
-        push("mlp.c_proj.bias", &[d], Init::Zeros);
+        let mut push = |key: &str, shape: &[usize], init, split: Option<TensorSplit>| {
+            params.push(ParamSpec { split, ..ParamSpec::new(&name, key, shape, init) });
+        };
+        // Matrices are `[in, out]`. Biases of those that are cut by their inputs are whole: they are added once, to the sum.
+        let heads = TensorSplit::of(0, SplitUnits::Heads(self.n_head));
+        let features = TensorSplit::of(0, SplitUnits::Features);
+        let by_outputs = |split: TensorSplit| Some(TensorSplit { dim: 1, ..split });
+        push("ln_1.weight", &[d], Init::Ones, None);
+        push("ln_1.bias", &[d], Init::Zeros, None);
+        push("attn.c_attn.weight", &[d, 3 * d], self.init(), by_outputs(heads.blocks(3)));
+        push("attn.c_attn.bias", &[3 * d], Init::Zeros, Some(heads.blocks(3)));
+        push("attn.c_proj.weight", &[d, d], residual, Some(heads));
+        push("attn.c_proj.bias", &[d], Init::Zeros, None);
+        push("ln_2.weight", &[d], Init::Ones, None);
+        push("ln_2.bias", &[d], Init::Zeros, None);
+        push("mlp.c_fc.weight", &[d, f], self.init(), by_outputs(features));
+        push("mlp.c_fc.bias", &[f], Init::Zeros, Some(features));
+        push("mlp.c_proj.weight", &[f, d], residual, Some(features));
+        push("mlp.c_proj.bias", &[d], Init::Zeros, None);
         LayerSpec { name, params }
     }
 

@@ -7,6 +7,7 @@ use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
 use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
+use crate::tensor::{SplitUnits, TensorSplit};
 
 /// What a Llama `config.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -111,7 +112,8 @@ impl LlamaConfig {
     /// Embedding, blocks, head (with the final norm).
     pub fn layers(&self) -> Vec<LayerSpec> {
         let embed = "model.embed_tokens";
-        let embedding = ParamSpec::new(embed, "weight", &[self.vocab_size, self.hidden_size], self.init());
+        let embedding = ParamSpec::new(embed, "weight", &[self.vocab_size, self.hidden_size], self.init())
+            .split(TensorSplit::VOCABULARY);
         let mut head = LayerSpec {
             name: "lm_head".into(),
             params: vec![ParamSpec {
@@ -121,7 +123,8 @@ impl LlamaConfig {
         };
         head.params.push(match self.tie_word_embeddings {
             true => ParamSpec { key: "weight".into(), ..embedding.clone() },
-            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, self.hidden_size], self.init()),
+            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, self.hidden_size], self.init())
+                .split(TensorSplit::VOCABULARY),
         });
         let mut layers = vec![LayerSpec { name: embed.into(), params: vec![embedding] }];
         layers.extend((0..self.num_hidden_layers).map(|i| self.block(i)));
@@ -134,19 +137,25 @@ impl LlamaConfig {
         let (d, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         let mut params = vec![ParamSpec::new(&name, "input_layernorm.weight", &[d], Init::Ones)];
-        let mut linear = |key: &str, out: usize, input: usize, bias: bool| {
-            params.push(ParamSpec::new(&name, &format!("{key}.weight"), &[out, input], self.init()));
+        let mut linear = |key: &str, [out, input]: [usize; 2], bias: bool, split: TensorSplit| {
+            let weight = ParamSpec::new(&name, &format!("{key}.weight"), &[out, input], self.init());
+            params.push(weight.split(split));
             if bias {
-                params.push(ParamSpec::new(&name, &format!("{key}.bias"), &[out], Init::Zeros));
+                let bias = ParamSpec::new(&name, &format!("{key}.bias"), &[out], Init::Zeros);
+                // Where inputs are cut, the bias is whole: it is added once, to the sum.
+                params.push(if split.dim == 0 { bias.split(split) } else { bias });
             }
         };
-        linear("self_attn.q_proj", q, d, self.attention_bias);
-        linear("self_attn.k_proj", kv, d, self.attention_bias);
-        linear("self_attn.v_proj", kv, d, self.attention_bias);
-        linear("self_attn.o_proj", d, q, self.attention_bias);
-        linear("mlp.gate_proj", f, d, self.mlp_bias);
-        linear("mlp.up_proj", f, d, self.mlp_bias);
-        linear("mlp.down_proj", d, f, self.mlp_bias);
+        let heads = TensorSplit::of(0, SplitUnits::Heads(self.num_attention_heads));
+        let kv_heads = TensorSplit::of(0, SplitUnits::SharedHeads(self.num_key_value_heads));
+        let by_heads = TensorSplit { dim: 1, ..heads };
+        linear("self_attn.q_proj", [q, d], self.attention_bias, heads);
+        linear("self_attn.k_proj", [kv, d], self.attention_bias, kv_heads);
+        linear("self_attn.v_proj", [kv, d], self.attention_bias, kv_heads);
+        linear("self_attn.o_proj", [d, q], self.attention_bias, by_heads);
+        linear("mlp.gate_proj", [f, d], self.mlp_bias, TensorSplit::OUT_IN_COLUMN);
+        linear("mlp.up_proj", [f, d], self.mlp_bias, TensorSplit::OUT_IN_COLUMN);
+        linear("mlp.down_proj", [d, f], self.mlp_bias, TensorSplit::OUT_IN_ROW);
         params.push(ParamSpec::new(&name, "post_attention_layernorm.weight", &[d], Init::Ones));
         LayerSpec { name, params }
     }

@@ -7,10 +7,12 @@
 
 mod gpt2;
 mod llama;
+mod parallel;
 mod reader;
 
 pub use gpt2::Gpt2Config;
 pub use llama::{LlamaConfig, RopeScaling};
+pub use parallel::SequenceParallel;
 
 use serde::Serialize;
 use serde_json::Value;
