@@ -2,7 +2,8 @@
 //!
 //! Each stage does its actions one after the other. A forward or backward takes its time, a message takes its own and passes
 //! beside the computation, and the end of the step takes none. A stage waits for a message that is not here yet, and, where
-//! sends are synchronous, for the receiver to have room. If nobody can go on, whoever waits for whom is the answer.
+//! sends are synchronous, for the receiver to have room. If nobody can go on, whoever waits for whom is the answer; whether that
+//! happens depends on the orders alone, not on how long anything takes.
 
 use super::Schedule;
 use super::action::{Action, Payload};
@@ -147,7 +148,7 @@ impl Schedule {
             spans: vec![Vec::new(); n],
         };
         // A sweep in which no stage does anything is the last one.
-        while (0..n).fold(false, |any, stage| player.play(stage) || any) {}
+        while (0..n).filter(|&stage| player.play(stage)).count() > 0 {}
         if let Some(stage) = (0..n).find(|&stage| player.action(stage).is_some()) {
             return Err(player.locked_up(stage));
         }

@@ -125,6 +125,8 @@ fn text_and_back() {
          0: F0 F0>1 F1 F1>1 B0<1 B0 B1<1 B1 TIED REDUCE STEP\n\
          1: F0<0 F0 B0 B0>0 F1<0 F1 B1 B1>0 TIED REDUCE STEP\n"
     );
+    let alone = Schedule::new(ScheduleKind::OneForwardOneBackward, 1, 2).unwrap();
+    assert_eq!(alone.to_string(), "stages 1 chunks 1 microbatches 2\n0: F0 B0 F1 B1 TIED REDUCE STEP\n");
     let interleaved = Schedule::new(ScheduleKind::Interleaved { num_chunks: 2 }, 2, 2).unwrap();
     assert!(interleaved.to_string().contains("0: F0 F0>1 F1 F1>1 F0.1<1 F0.1 F0.1>1 "), "{interleaved}");
     let zero = Schedule::new(ScheduleKind::ZeroBubble, 2, 2).unwrap();

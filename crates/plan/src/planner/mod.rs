@@ -6,8 +6,8 @@
 //! missing.
 //!
 //! Model state is counted as `memory` counts it, to the byte, on the fullest pipeline stage. What a step holds besides follows
-//! the same rules as `memory`'s, with as many micro-batches alive as the schedule keeps; frozen layers count as if they kept
-//! activations. Time is what follows from the rates that the cluster is given:
+//! the same rules as `memory`'s, with as many micro-batches alive as the schedule keeps; frozen layers count as if they went
+//! backward. Time is what follows from the rates that the cluster is given:
 //!
 //! | part of a step | time |
 //! |---|---|
@@ -19,6 +19,7 @@
 //! Nothing is known of kernels, so a flop rate should be one that was attained. The optimizer's own time is left out.
 
 mod cost;
+mod memory;
 mod search;
 mod shape;
 #[cfg(test)]

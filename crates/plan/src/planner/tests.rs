@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::cost::alive;
+use super::memory::alive;
 use super::*;
 use crate::Axis;
 use crate::pipeline::{Durations, Schedule, Transport};
@@ -304,4 +304,20 @@ fn stages_send_activations_and_gradients_of_tied_tables() {
     let table = 5000 * 512 * 4;
     assert_eq!(estimate.layout.num_microbatches, 8);
     assert_eq!(estimate.traffic.pipeline, Bytes((8 * 2 * boundary).max(8 * boundary + table)));
+}
+
+#[test]
+fn frozen_parameters_have_no_gradients_and_no_optimizer() {
+    let asked = Job {
+        pipeline: Some(1),
+        tensor: Some(1),
+        stage: Some(ZeroStage::Zero),
+        ..job(&gpt2(2, 256, 1024, 1000))
+    };
+    let memory =
+        |frozen: Vec<NamePattern>| search(&Job { frozen, ..asked.clone() }, &cluster(2)).feasible[0].memory;
+    let (trained, frozen) = (memory(Vec::new()), memory(vec![NamePattern::new("*")]));
+    assert!(trained.optimizer > Bytes(0) && trained.gradients > Bytes(0));
+    assert_eq!((frozen.optimizer, frozen.gradients), (Bytes(0), Bytes(0)));
+    assert_eq!(frozen.parameters, trained.parameters);
 }
