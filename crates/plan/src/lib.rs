@@ -9,6 +9,7 @@
 //! | [`param`] | what parameters does a layer have, and how are they born? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
+//! | [`activation`] | what does a layer hold between forward and backward? |
 //! | [`schedule`] | in what order does a rank run forward, backward and step? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
@@ -17,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod activation;
 mod bytes;
 pub mod layout;
 pub mod memory;
@@ -29,6 +31,7 @@ mod stage;
 pub mod traffic;
 pub mod zoo;
 
+pub use activation::{ActivationPolicies, ActivationPolicy, ActivationRule};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use mesh::{Axis, Coordinates, Mesh};

@@ -7,7 +7,7 @@ use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads}
 use crate::mesh::MeshError;
 use crate::traffic::Traffic;
 use crate::zoo::ModelConfig;
-use crate::{Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
+use crate::{ActivationPolicies, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -20,6 +20,14 @@ pub struct RunShape {
     pub stage: ZeroStage,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// What that type is called: `fp32`, `bf16` or `fp16`.
+    pub precision: &'static str,
+    /// Bytes of the optimizer's states of one element; 8 for AdamW in fp32.
+    pub optimizer_bytes: usize,
+    /// Bytes of an element of a sum of gradients; 4 in fp32.
+    pub grad_bytes: usize,
+    /// What layers hold between forward and backward.
+    pub activations: ActivationPolicies,
     /// Samples of one micro-batch of one rank.
     pub micro_batch: usize,
     /// Tokens of one sample.
@@ -32,6 +40,8 @@ pub struct RunShape {
     pub frozen: Vec<NamePattern>,
     /// Parameters without weight decay.
     pub no_decay: Vec<NamePattern>,
+    /// Parameters with a learning rate or weight decay of their own, all groups in one list.
+    pub grouped: Vec<NamePattern>,
 }
 
 /// Why a run cannot go as asked.
@@ -54,6 +64,12 @@ pub enum RunShapeError {
     PatternMatchesNothing {
         /// Where it stands.
         list: &'static str,
+        /// The pattern.
+        pattern: String,
+    },
+    /// A pattern that names no layer.
+    #[error("`{pattern}` in `activations.rules` matches no layer")]
+    PatternMatchesNoLayer {
         /// The pattern.
         pattern: String,
     },
@@ -90,12 +106,17 @@ impl RunPlan {
         let num_ranks = shape.mesh.degree(Axis::Data);
         let is_frozen = |name: &str| shape.frozen.iter().any(|pattern| pattern.matches(name));
         let units = units_of(&specs, num_ranks, is_frozen);
-        let layers = layer_loads(&specs, &units, &shape.model.activations());
+        let mut layers = layer_loads(&specs, &units, &shape.model.activations());
+        for (load, spec) in layers.iter_mut().zip(&specs) {
+            load.policy = shape.activations.of(&spec.name);
+        }
         let load = Workload {
             units: &units,
             layers: &layers,
             num_ranks,
             compute_bytes: shape.compute_bytes,
+            optimizer_bytes: shape.optimizer_bytes,
+            grad_bytes: shape.grad_bytes,
             microbatch_tokens: shape.micro_batch * shape.seq_len,
             grad_accum_steps: shape.grad_accum_steps,
             overlap: shape.overlap,
@@ -128,12 +149,18 @@ impl RunShape {
             return Err(RunShapeError::TooLong { seq_len: self.seq_len, max_positions });
         }
         let names = || layers.iter().flat_map(|layer| &layer.params).map(|param| &param.name);
-        for (list, patterns) in [("frozen", &self.frozen), ("no_decay", &self.no_decay)] {
+        let lists = [("frozen", &self.frozen), ("no_decay", &self.no_decay), ("groups", &self.grouped)];
+        for (list, patterns) in lists {
             if let Some(stray) = patterns.iter().find(|pattern| !names().any(|name| pattern.matches(name))) {
                 return Err(RunShapeError::PatternMatchesNothing {
                     list,
                     pattern: stray.as_str().to_owned(),
                 });
+            }
+        }
+        for pattern in self.activations.rules.iter().flat_map(|rule| &rule.patterns) {
+            if !layers.iter().any(|layer| pattern.matches(&layer.name)) {
+                return Err(RunShapeError::PatternMatchesNoLayer { pattern: pattern.as_str().to_owned() });
             }
         }
         Ok(())
@@ -152,6 +179,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::{ActivationPolicy, ActivationRule};
 
     fn shape(num_ranks: usize, tied: bool) -> RunShape {
         let json = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
@@ -161,12 +189,17 @@ mod tests {
             mesh: Mesh::new(num_ranks, 1, 1).unwrap(),
             stage: ZeroStage::Three,
             compute_bytes: 2,
+            precision: "bf16",
+            optimizer_bytes: 8,
+            grad_bytes: 4,
+            activations: ActivationPolicies::default(),
             micro_batch: 4,
             seq_len: 16,
             grad_accum_steps: 3,
             overlap: Overlap::Inline,
             frozen: Vec::new(),
             no_decay: Vec::new(),
+            grouped: Vec::new(),
         }
     }
 
@@ -219,5 +252,43 @@ mod tests {
             refused(|shape| shape.no_decay = vec![NamePattern::new("*.bias")]),
             "`*.bias` in `train.no_decay` matches no parameter"
         );
+        let rule = |pattern: &str| ActivationRule {
+            patterns: vec![NamePattern::new(pattern)],
+            policy: ActivationPolicy::Keep,
+        };
+        let mut stray = shape(2, false);
+        stray.activations.rules = vec![rule("model.layers.*"), rule("model.layers.2")];
+        assert_eq!(
+            RunPlan::new(stray).unwrap_err().to_string(),
+            "`model.layers.2` in `activations.rules` matches no layer"
+        );
+    }
+
+    #[test]
+    fn recomputation_holds_the_inputs_of_layers_and_one_graph() {
+        let plan = |policy, rules| {
+            let mut shape = shape(1, false);
+            shape.activations = ActivationPolicies { policy, rules };
+            RunPlan::new(shape).unwrap().memory().activations.0
+        };
+        let (kept, recomputed) =
+            (plan(ActivationPolicy::Keep, vec![]), plan(ActivationPolicy::Recompute, vec![]));
+        assert!(recomputed < kept, "{recomputed} of {kept}");
+        assert_eq!(plan(ActivationPolicy::Offload, vec![]), recomputed, "on CPU the input stays where it is");
+        let keep_all =
+            vec![ActivationRule { patterns: vec![NamePattern::new("*")], policy: ActivationPolicy::Keep }];
+        assert_eq!(plan(ActivationPolicy::Recompute, keep_all), kept);
+    }
+
+    #[test]
+    fn narrower_states_are_counted() {
+        let state = |optimizer_bytes, grad_bytes| {
+            let plan = RunPlan::new(RunShape { optimizer_bytes, grad_bytes, ..shape(1, false) }).unwrap();
+            (plan.memory().state, plan.units.iter().map(|unit| unit.padded_numel as u64).sum::<u64>())
+        };
+        let (adamw, padded) = state(8, 4);
+        assert_eq!((adamw.optimizer.0, adamw.grads.0), (8 * padded, 4 * padded));
+        let (narrow, _) = state(4, 2);
+        assert_eq!((narrow.optimizer.0, narrow.grads.0), (4 * padded, 2 * padded));
     }
 }

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 
-use crate::{Bytes, LayerSpec, UnitLayout};
+use crate::{ActivationPolicy, Bytes, LayerSpec, UnitLayout};
 
 /// What one layer holds, in elements of the compute type for each token of a micro-batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub struct LayerLoad {
     /// Its trainable parameters: unit, slot in the unit, elements.
     trained: Vec<(usize, usize, usize)>,
     activations: LayerActivations,
+    /// What it holds between forward and backward.
+    pub policy: ActivationPolicy,
 }
 
 /// The most that is held at one moment.
@@ -70,7 +72,8 @@ pub fn layer_loads(
         })
         .collect();
     let load = |layer: &LayerSpec, activations| {
-        let mut load = LayerLoad { units: Vec::new(), trained: Vec::new(), activations };
+        let policy = ActivationPolicy::Keep;
+        let mut load = LayerLoad { units: Vec::new(), trained: Vec::new(), activations, policy };
         for param in &layer.params {
             let (unit, slot) =
                 *places.get(param.name.as_str()).expect("units are made of the layers' parameters");
@@ -97,7 +100,8 @@ pub(super) fn peak(layers: &[LayerLoad], tokens: usize, compute_bytes: usize) ->
     let first = first_trained(layers);
     let kept_of = |i: usize, layer: &LayerLoad| {
         let LayerActivations { kept, output, .. } = layer.activations;
-        bytes(if i < first { output } else { kept + output })
+        // The output is the next layer's input, which the next layer needs in any case.
+        bytes(if i < first || layer.policy.recomputes() { output } else { kept + output })
     };
     let mut peak = Moment::default();
     let mut kept = vec![Bytes(0)];
@@ -120,7 +124,13 @@ pub(super) fn peak(layers: &[LayerLoad], tokens: usize, compute_bytes: usize) ->
         let own: Bytes = layer.trained.iter().map(|&(_, _, numel)| Bytes::of(numel, compute_bytes)).sum();
         let layer_grads = waiting.values().copied().sum::<Bytes>() + own;
         let temporaries = bytes(layer.activations.backward) + doutput + dinput;
-        peak.raise_to(Moment { activations: kept[i + 1], layer_grads, temporaries });
+        // While it goes backward a layer holds its whole graph, made again or kept.
+        let activations = kept[i] + bytes(layer.activations.kept + layer.activations.output);
+        if layer.policy.recomputes() {
+            let temporaries = bytes(layer.activations.forward) + doutput;
+            peak.raise_to(Moment { activations, layer_grads: waiting.values().copied().sum(), temporaries });
+        }
+        peak.raise_to(Moment { activations, layer_grads, temporaries });
         for &(unit, slot, numel) in &layer.trained {
             let grad = Bytes::of(numel, compute_bytes);
             if waiting.insert((unit, slot), grad).is_some() {

@@ -30,9 +30,6 @@ use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
 /// MiB), libtorch's registry of operators on the heap (60), threads, its kernels' scratch memory and our own binary.
 const RUNTIME: Bytes = Bytes(150 << 20);
 
-/// Bytes of an element of a sum of gradients.
-const SUM_BYTES: usize = 4;
-
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
 const NUM_REDUCING: usize = 3;
 
@@ -51,6 +48,10 @@ pub struct Workload<'a> {
     pub num_ranks: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// Bytes of the optimizer's states of an element.
+    pub optimizer_bytes: usize,
+    /// Bytes of an element of a sum of gradients.
+    pub grad_bytes: usize,
     /// Tokens of one micro-batch.
     pub microbatch_tokens: usize,
     /// Micro-batches in a step.
@@ -92,7 +93,7 @@ impl MemoryPlan {
     pub fn new(load: &Workload<'_>, stage: ZeroStage) -> Self {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment = layers::peak(load.layers, load.microbatch_tokens, load.compute_bytes);
-        let widths = StateWidths::adamw(load.compute_bytes);
+        let widths = StateWidths::new(load.compute_bytes, load.optimizer_bytes, load.grad_bytes);
         let staging = if load.num_ranks > 1 { 2 * load.num_ranks as u64 * SLOT.0 } else { 0 };
         let mut plan = MemoryPlan {
             stage,
@@ -142,8 +143,9 @@ impl Workload<'_> {
         let whole = || units().map(|unit| unit.padded_numel);
         let shards = || units().map(UnitLayout::shard_numel);
         let accumulates = self.grad_accum_steps > 1;
-        let added =
-            |at_a_time| if accumulates { of_each_size(shards(), at_a_time, SUM_BYTES) } else { Bytes(0) };
+        let added = |at_a_time| {
+            if accumulates { of_each_size(shards(), at_a_time, self.grad_bytes) } else { Bytes(0) }
+        };
         match (self.overlap, stage) {
             (Overlap::Inline, ZeroStage::Zero) => Bytes(0),
             (Overlap::Inline, _) => added(1),
@@ -215,6 +217,8 @@ mod tests {
             layers: &layers,
             num_ranks: 2,
             compute_bytes: 2,
+            optimizer_bytes: 8,
+            grad_bytes: 4,
             microbatch_tokens: 100,
             grad_accum_steps,
             overlap,
