@@ -35,9 +35,8 @@ fn describe(plan: &RunPlan) -> String {
 }
 
 fn headlines(plan: &RunPlan) -> String {
-    let RunShape {
-        model, mesh, stage, precision, micro_batch, seq_len, grad_accum_steps, overlap, ..
-    } = &plan.shape;
+    let RunShape { model, mesh, stage, precision, micro_batch, seq_len, grad_accum_steps, overlap, .. } =
+        &plan.shape;
     let trained = match plan.num_params - plan.num_trained {
         0 => String::new(),
         frozen => format!(", {} of them frozen", format_count(frozen as u64)),
