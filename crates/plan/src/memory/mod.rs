@@ -31,11 +31,10 @@ use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
 const RUNTIME: Bytes = Bytes(150 << 20);
 
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
-const NUM_REDUCING: usize = 3;
+pub const NUM_REDUCING: usize = 3;
 
-/// What one rank shows the others at a time, in each of two phases; as it was when the plan was calibrated.
-/// `shardwise-comm` has 1 MiB by default now, 3 MiB more for two ranks.
-const SLOT: Bytes = Bytes(256 << 10);
+/// What the ranks of one host show each other at a time, together: 2 MiB in each of two phases, divided among them.
+pub const STAGING: Bytes = Bytes(4 << 20);
 
 /// What a plan of memory depends on, for one rank.
 #[derive(Debug, Clone, Copy)]
@@ -94,7 +93,7 @@ impl MemoryPlan {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment = layers::peak(load.layers, load.microbatch_tokens, load.compute_bytes);
         let widths = StateWidths::new(load.compute_bytes, load.optimizer_bytes, load.grad_bytes);
-        let staging = if load.num_ranks > 1 { 2 * load.num_ranks as u64 * SLOT.0 } else { 0 };
+        let staging = if load.num_ranks > 1 { STAGING } else { Bytes(0) };
         let mut plan = MemoryPlan {
             stage,
             state: ModelState::new(load.units, stage, load.grad_accum_steps, widths),
@@ -103,7 +102,7 @@ impl MemoryPlan {
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
-            staging: Bytes(staging),
+            staging,
             runtime: RUNTIME,
             saving: Bytes::of(largest, size_of::<f32>()),
             peak: Bytes(0),
