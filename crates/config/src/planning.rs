@@ -57,6 +57,7 @@ impl RunConfig {
             seq_len: self.data.seq_len,
             grad_accum_steps: self.batch.grad_accum_steps,
             overlap: self.overlap(num_cores, self.threads(num_cores)),
+            activations: Default::default(),
             frozen: self.train.frozen.clone(),
             no_decay: self.train.no_decay.clone(),
         };

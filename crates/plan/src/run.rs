@@ -7,7 +7,7 @@ use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads}
 use crate::mesh::MeshError;
 use crate::traffic::Traffic;
 use crate::zoo::ModelConfig;
-use crate::{Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
+use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,6 +28,8 @@ pub struct RunShape {
     pub grad_accum_steps: usize,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
+    /// What becomes of activations between forward and backward.
+    pub activations: ActivationRules,
     /// Parameters that are not trained.
     pub frozen: Vec<NamePattern>,
     /// Parameters without weight decay.
@@ -56,6 +58,14 @@ pub enum RunShapeError {
         list: &'static str,
         /// The pattern.
         pattern: String,
+    },
+    /// A rule for activations that names no layer.
+    #[error("`{pattern}` in `activations` matches no layer; the layers are {layers:?}")]
+    NoSuchLayer {
+        /// The pattern.
+        pattern: String,
+        /// What there is.
+        layers: Vec<String>,
     },
 }
 
@@ -90,7 +100,8 @@ impl RunPlan {
         let num_ranks = shape.mesh.degree(Axis::Data);
         let is_frozen = |name: &str| shape.frozen.iter().any(|pattern| pattern.matches(name));
         let units = units_of(&specs, num_ranks, is_frozen);
-        let layers = layer_loads(&specs, &units, &shape.model.activations());
+        let activations = shape.model.activations(shape.micro_batch, shape.seq_len, shape.compute_bytes);
+        let layers = layer_loads(&specs, &units, &activations, &shape.activations);
         let load = Workload {
             units: &units,
             layers: &layers,
@@ -136,6 +147,13 @@ impl RunShape {
                 });
             }
         }
+        let names = layers.iter().map(|layer| layer.name.as_str());
+        if let Some(stray) = self.activations.stray(names.clone()) {
+            return Err(RunShapeError::NoSuchLayer {
+                pattern: stray.as_str().to_owned(),
+                layers: names.map(str::to_owned).collect(),
+            });
+        }
         Ok(())
     }
 }
@@ -165,6 +183,7 @@ mod tests {
             seq_len: 16,
             grad_accum_steps: 3,
             overlap: Overlap::Inline,
+            activations: ActivationRules::default(),
             frozen: Vec::new(),
             no_decay: Vec::new(),
         }
@@ -218,6 +237,14 @@ mod tests {
         assert_eq!(
             refused(|shape| shape.no_decay = vec![NamePattern::new("*.bias")]),
             "`*.bias` in `train.no_decay` matches no parameter"
+        );
+        let rule = (NamePattern::new("h.*"), crate::ActivationPolicy::Recompute);
+        let mut shape = shape(2, false);
+        shape.activations.rules.push(rule);
+        let error = RunPlan::new(shape).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`h.*` in `activations` matches no layer; the layers are [\"model."),
+            "{error}"
         );
     }
 }
