@@ -35,7 +35,5 @@ pub use load::Loaded;
 pub use planning::ModelDescription;
 pub use run_config::*;
 pub use schedule::{LrSchedule, MomentumCycle, Rise, WarmupCurve};
-pub use shardwise_plan::{
-    ActivationPolicies, ActivationPolicy, ActivationRule, NamePattern, Overlap, ZeroStage,
-};
+pub use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, Overlap, ZeroStage};
 pub use value::{Origin, SourceFile};

@@ -53,7 +53,7 @@ impl RunConfig {
             precision: self.precision.name(),
             optimizer_bytes: self.optimizer.num_states() * self.optimizer_state_dtype.size_bytes(),
             grad_bytes: self.reduction.accumulation.size_bytes(),
-            activations: self.activations.policies.clone(),
+            activations: self.activations.to_rules(),
             micro_batch: self.batch.micro_batch,
             seq_len: self.data.seq_len,
             grad_accum_steps: self.batch.grad_accum_steps,
@@ -151,12 +151,9 @@ impl ConfigError {
             RunShapeError::TooLong { .. } => {
                 Some("shorten the samples, or raise the model's number of positions".to_owned())
             }
-            RunShapeError::PatternMatchesNothing { .. } | RunShapeError::PatternMatchesNoLayer { .. } => {
-                Some(
-                    "`*` stands for any run of characters; `shardwise plan --json` shows all names"
-                        .to_owned(),
-                )
-            }
+            RunShapeError::PatternMatchesNothing { .. } => Some(
+                "`*` stands for any run of characters; `shardwise plan --json` shows all names".to_owned(),
+            ),
             _ => None,
         }
     }

@@ -9,8 +9,8 @@
 //! | [`param`] | what parameters does a layer have, and how are they born? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
-//! | [`activation`] | what does a layer hold between forward and backward? |
 //! | [`schedule`] | in what order does a rank run forward, backward and step? |
+//! | [`activations`] | what becomes of a layer's activations until its backward? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`run`] | all of that for one run |
@@ -18,7 +18,7 @@
 
 #![forbid(unsafe_code)]
 
-pub mod activation;
+pub mod activations;
 mod bytes;
 pub mod layout;
 pub mod memory;
@@ -31,7 +31,7 @@ mod stage;
 pub mod traffic;
 pub mod zoo;
 
-pub use activation::{ActivationPolicies, ActivationPolicy, ActivationRule};
+pub use activations::{ActivationPolicy, ActivationRules};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use mesh::{Axis, Coordinates, Mesh};

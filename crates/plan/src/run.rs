@@ -7,7 +7,7 @@ use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads}
 use crate::mesh::MeshError;
 use crate::traffic::Traffic;
 use crate::zoo::ModelConfig;
-use crate::{ActivationPolicies, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
+use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,8 +26,6 @@ pub struct RunShape {
     pub optimizer_bytes: usize,
     /// Bytes of an element of a sum of gradients; 4 in fp32.
     pub grad_bytes: usize,
-    /// What layers hold between forward and backward.
-    pub activations: ActivationPolicies,
     /// Samples of one micro-batch of one rank.
     pub micro_batch: usize,
     /// Tokens of one sample.
@@ -36,6 +34,8 @@ pub struct RunShape {
     pub grad_accum_steps: usize,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
+    /// What becomes of activations between forward and backward.
+    pub activations: ActivationRules,
     /// Parameters that are not trained.
     pub frozen: Vec<NamePattern>,
     /// Parameters without weight decay.
@@ -67,11 +67,13 @@ pub enum RunShapeError {
         /// The pattern.
         pattern: String,
     },
-    /// A pattern that names no layer.
-    #[error("`{pattern}` in `activations.rules` matches no layer")]
-    PatternMatchesNoLayer {
+    /// A rule for activations that names no layer.
+    #[error("`{pattern}` in `activations` matches no layer; the layers are {layers:?}")]
+    NoSuchLayer {
         /// The pattern.
         pattern: String,
+        /// What there is.
+        layers: Vec<String>,
     },
 }
 
@@ -106,10 +108,8 @@ impl RunPlan {
         let num_ranks = shape.mesh.degree(Axis::Data);
         let is_frozen = |name: &str| shape.frozen.iter().any(|pattern| pattern.matches(name));
         let units = units_of(&specs, num_ranks, is_frozen);
-        let mut layers = layer_loads(&specs, &units, &shape.model.activations());
-        for (load, spec) in layers.iter_mut().zip(&specs) {
-            load.policy = shape.activations.of(&spec.name);
-        }
+        let activations = shape.model.activations(shape.micro_batch, shape.seq_len, shape.compute_bytes);
+        let layers = layer_loads(&specs, &units, &activations, &shape.activations);
         let load = Workload {
             units: &units,
             layers: &layers,
@@ -158,10 +158,12 @@ impl RunShape {
                 });
             }
         }
-        for pattern in self.activations.rules.iter().flat_map(|rule| &rule.patterns) {
-            if !layers.iter().any(|layer| pattern.matches(&layer.name)) {
-                return Err(RunShapeError::PatternMatchesNoLayer { pattern: pattern.as_str().to_owned() });
-            }
+        let names = layers.iter().map(|layer| layer.name.as_str());
+        if let Some(stray) = self.activations.stray(names.clone()) {
+            return Err(RunShapeError::NoSuchLayer {
+                pattern: stray.as_str().to_owned(),
+                layers: names.map(str::to_owned).collect(),
+            });
         }
         Ok(())
     }
@@ -179,7 +181,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{ActivationPolicy, ActivationRule};
 
     fn shape(num_ranks: usize, tied: bool) -> RunShape {
         let json = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
@@ -192,11 +193,11 @@ mod tests {
             precision: "bf16",
             optimizer_bytes: 8,
             grad_bytes: 4,
-            activations: ActivationPolicies::default(),
             micro_batch: 4,
             seq_len: 16,
             grad_accum_steps: 3,
             overlap: Overlap::Inline,
+            activations: ActivationRules::default(),
             frozen: Vec::new(),
             no_decay: Vec::new(),
             grouped: Vec::new(),
@@ -252,32 +253,14 @@ mod tests {
             refused(|shape| shape.no_decay = vec![NamePattern::new("*.bias")]),
             "`*.bias` in `train.no_decay` matches no parameter"
         );
-        let rule = |pattern: &str| ActivationRule {
-            patterns: vec![NamePattern::new(pattern)],
-            policy: ActivationPolicy::Keep,
-        };
-        let mut stray = shape(2, false);
-        stray.activations.rules = vec![rule("model.layers.*"), rule("model.layers.2")];
-        assert_eq!(
-            RunPlan::new(stray).unwrap_err().to_string(),
-            "`model.layers.2` in `activations.rules` matches no layer"
+        let rule = (NamePattern::new("h.*"), crate::ActivationPolicy::Recompute);
+        let mut shape = shape(2, false);
+        shape.activations.rules.push(rule);
+        let error = RunPlan::new(shape).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`h.*` in `activations` matches no layer; the layers are [\"model."),
+            "{error}"
         );
-    }
-
-    #[test]
-    fn recomputation_holds_the_inputs_of_layers_and_one_graph() {
-        let plan = |policy, rules| {
-            let mut shape = shape(1, false);
-            shape.activations = ActivationPolicies { policy, rules };
-            RunPlan::new(shape).unwrap().memory().activations.0
-        };
-        let (kept, recomputed) =
-            (plan(ActivationPolicy::Keep, vec![]), plan(ActivationPolicy::Recompute, vec![]));
-        assert!(recomputed < kept, "{recomputed} of {kept}");
-        assert_eq!(plan(ActivationPolicy::Offload, vec![]), recomputed, "on CPU the input stays where it is");
-        let keep_all =
-            vec![ActivationRule { patterns: vec![NamePattern::new("*")], policy: ActivationPolicy::Keep }];
-        assert_eq!(plan(ActivationPolicy::Recompute, keep_all), kept);
     }
 
     #[test]

@@ -88,7 +88,7 @@ fn options(run: &RunConfig, threads: Threads) -> Result<EngineOptions, Failure> 
 /// A setting that the configuration knows and training does not follow yet, by its name in the effective configuration.
 fn first_unfollowed(run: &RunConfig) -> Option<&'static str> {
     let reduction = &run.reduction;
-    let policies = &run.activations.policies;
+    let activations = &run.activations;
     [
         (run.non_finite_grads != NonFiniteGrads::Skip, "non_finite_grads"),
         (reduction.accumulation != FloatType::Fp32, "reduction.accumulation"),
@@ -97,8 +97,8 @@ fn first_unfollowed(run: &RunConfig) -> Option<&'static str> {
         (reduction.scaling != GradScaling::After, "reduction.scaling"),
         (run.optimizer_state_dtype != FloatType::Fp32, "optimizer_state_dtype"),
         (run.lr_schedule.momentum(0).is_some(), "lr_schedule.momentum"),
-        (policies.policy != ActivationPolicy::Keep || !policies.rules.is_empty(), "activations"),
-        (run.activations.head_chunk_tokens.is_some(), "activations.head_chunk_tokens"),
+        (activations.policy != ActivationPolicy::Keep || !activations.rules.is_empty(), "activations"),
+        (activations.head_chunk_tokens.is_some(), "activations.head_chunk_tokens"),
         (!run.train.groups.is_empty(), "train.groups"),
         (run.checkpoint.every.is_some(), "checkpoint.every"),
         (run.eval.is_some(), "eval"),

@@ -1,6 +1,6 @@
 //! What layers hold, which parameters are treated apart, what is saved and what is measured.
 
-use shardwise_plan::{ActivationPolicies, ActivationPolicy, ActivationRule, NamePattern};
+use shardwise_plan::{ActivationPolicy, NamePattern};
 
 use super::lookup::{Assembler, Found, derived, set, switch, whole, word};
 use crate::effective::{NoteKind, Source};
@@ -64,10 +64,8 @@ impl Assembler<'_> {
             self.note(&setting, NoteKind::Remark, reason);
         }
         usable.then(|| ActivationConfig {
-            policies: ActivationPolicies {
-                policy: self.keep("activations.policy", found),
-                rules: self.keep("activations.rules", rules),
-            },
+            policy: self.keep("activations.policy", found),
+            rules: self.keep("activations.rules", rules),
             head_chunk_tokens: self.keep("activations.head_chunk_tokens", chunk).map(|n| n as usize),
         })
     }

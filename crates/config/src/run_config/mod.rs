@@ -9,7 +9,7 @@ mod optimizer;
 mod saving;
 
 use serde::Serialize;
-use shardwise_plan::{ActivationPolicies, NamePattern, ZeroStage};
+use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, ZeroStage};
 
 pub use inputs::*;
 pub use numerics::*;
@@ -125,11 +125,33 @@ pub enum CommOverlap {
 /// What layers hold between their forward and their backward pass.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ActivationConfig {
-    /// The policy of each layer, by name.
-    #[serde(flatten)]
-    pub policies: ActivationPolicies,
+    /// What holds for layers that no rule names.
+    pub policy: ActivationPolicy,
+    /// Exceptions; the first that matches holds.
+    pub rules: Vec<ActivationRule>,
     /// Tokens whose logits the head holds at a time; `None` leaves it to the head.
     pub head_chunk_tokens: Option<usize>,
+}
+
+/// A policy for the layers of some names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ActivationRule {
+    /// Layer names, such as `model.layers.1*`.
+    #[serde(rename = "match")]
+    pub patterns: Vec<NamePattern>,
+    /// What holds for them.
+    pub policy: ActivationPolicy,
+}
+
+impl ActivationConfig {
+    /// The policies as a plan and an engine take them.
+    pub fn to_rules(&self) -> ActivationRules {
+        let rules = self
+            .rules
+            .iter()
+            .flat_map(|rule| rule.patterns.iter().map(|pattern| (pattern.clone(), rule.policy)));
+        ActivationRules { default: self.policy, rules: rules.collect() }
+    }
 }
 
 /// Parameters treated apart, by name, and when to give up.

@@ -105,8 +105,8 @@ fn settings_of_the_state_and_of_activations_reach_the_plan() {
     assert!(activations(&["activations.policy=recompute"]) < activations(&[]));
     assert_eq!(
         plan(&files, &["activations.rules=[{match: 'layers.*', policy: 'keep'}]"], 1).unwrap_err(),
-        "error: `layers.*` in `activations.rules` matches no layer\n\
-         hint: `*` stands for any run of characters; `shardwise plan --json` shows all names"
+        "error: `layers.*` in `activations` matches no layer; the layers are [\"model.embed_tokens\", \"model.layers.0\", \
+         \"model.layers.1\", \"lm_head\"]"
     );
     assert_eq!(
         plan(&files, &["train.groups=[{match: ['*norm*', '*.bias'], weight_decay: 0}]"], 1).unwrap_err(),

@@ -420,7 +420,7 @@ fn a_scheduler_that_sets_the_rate_sets_both_of_muons() {
 #[test]
 fn activations_are_kept_unless_asked_otherwise() {
     let block = |members: &str| format!("deepspeed.activation_checkpointing={{{members}}}");
-    let policy = |set: &str| config(&[set]).activations.policies.policy;
+    let policy = |set: &str| config(&[set]).activations.policy;
     assert_eq!(policy("steps=10"), ActivationPolicy::Keep);
     assert_eq!(
         policy(&block(r#""partition_activations": false, "number_checkpoints": null"#)),
@@ -435,11 +435,9 @@ fn activations_are_kept_unless_asked_otherwise() {
         "activations={policy: 'recompute', rules: [{match: ['*.0', '*.1'], policy: 'keep'}, {match: 'lm_head', policy: 'offload'}]}",
         "activations.head_chunk_tokens=256",
     ]);
-    let policies = &run.activations.policies;
-    assert_eq!(
-        ["model.layers.0", "model.layers.2", "lm_head"].map(|name| policies.of(name).name()),
-        ["keep", "recompute", "offload"]
-    );
+    use ActivationPolicy::{Keep, Offload, Recompute};
+    let policies = run.activations.to_rules().policies(["l.0", "l.1", "l.2", "lm_head", "last"]);
+    assert_eq!(policies, [Keep, Keep, Recompute, Offload, Keep]);
     assert_eq!(run.activations.head_chunk_tokens, Some(256));
     let offload = ["activations.policy=offload"];
     assert_eq!(
@@ -451,7 +449,10 @@ fn activations_are_kept_unless_asked_otherwise() {
     assert!(remarks(&["activations.policy=recompute"]).is_empty());
     // Rules go with DeepSpeed's block, a policy does not.
     let rules = "activations.rules=[{match: '*.0', policy: 'keep'}]";
-    assert_eq!(config(&[&all, rules]).activations.policies.of("x.0"), ActivationPolicy::Keep);
+    assert_eq!(
+        config(&[&all, rules]).activations.to_rules().policies(["l.0", "l.1", "last"]),
+        [Keep, Offload, Keep]
+    );
     let both = says(&["activations.policy=recompute", &all]);
     assert!(both.contains("are both set, but each says what layers hold"), "{both}");
     assert_eq!(

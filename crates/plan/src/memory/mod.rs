@@ -12,6 +12,7 @@
 //! | what ranks show each other | shared | always |
 //! | libtorch and this program | the process | always |
 
+mod head;
 mod layers;
 mod state;
 
@@ -20,6 +21,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+pub use head::HeadShape;
 pub(crate) use layers::first_trained;
 pub use layers::{LayerActivations, LayerLoad, layer_loads};
 pub use state::{ModelState, StateWidths};
@@ -194,7 +196,7 @@ impl fmt::Display for MemoryPlan {
 mod tests {
     use super::*;
     use crate::layout::units_of;
-    use crate::{Init, LayerSpec, ParamSpec};
+    use crate::{ActivationRules, Init, LayerSpec, ParamSpec};
 
     /// Five layers of 640, 64, 64, 64 and 64 elements.
     fn plan(stage: ZeroStage, grad_accum_steps: usize, overlap: Overlap) -> MemoryPlan {
@@ -209,8 +211,8 @@ mod tests {
         };
         let layers: Vec<_> = (0..5).map(layer).collect();
         let units = units_of(&layers, 2, |_| false);
-        let activations = [LayerActivations { kept: 7, output: 1, forward: 0, backward: 0 }; 5];
-        let layers = layer_loads(&layers, &units, &activations);
+        let activations = [LayerActivations { kept: 7, output: 1, ..LayerActivations::default() }; 5];
+        let layers = layer_loads(&layers, &units, &activations, &ActivationRules::default());
         let load = Workload {
             units: &units,
             layers: &layers,
