@@ -93,6 +93,10 @@ fn first_unfollowed(run: &RunConfig) -> Option<&'static str> {
         (run.non_finite_grads != NonFiniteGrads::Skip, "non_finite_grads"),
         (reduction.accumulation != FloatType::Fp32, "reduction.accumulation"),
         (reduction.communication.is_some(), "reduction.communication"),
+        (
+            matches!(&run.optimizer, Optimizer::AdamW(adamw) if !adamw.bias_correction),
+            "optimizer.bias_correction",
+        ),
         (reduction.op != ReduceOp::Mean, "reduction.op"),
         (reduction.scaling != GradScaling::After, "reduction.scaling"),
         (run.optimizer_state_dtype != FloatType::Fp32, "optimizer_state_dtype"),

@@ -74,7 +74,7 @@ impl Assembler<'_> {
             self.no_effect(MODE, "the weight decay of `AdamW` is decoupled in any case");
         }
         self.no_effect(TORCH, "there is one implementation of Adam here");
-        self.always_on(CORRECTION, "Adam's moments are always corrected");
+        let correction = self.get_or(CORRECTION, switch, true);
         let is_adamw = name == "AdamW" || decoupled.value;
         let betas = self.betas([0.9, 0.999]);
         let eps = self.get_or("deepspeed.optimizer.params.eps", Value::number, 1e-8);
@@ -88,6 +88,7 @@ impl Assembler<'_> {
             betas: self.keep("optimizer.betas", betas?),
             eps: self.keep("optimizer.eps", eps?),
             weight_decay: self.keep("optimizer.weight_decay", decay),
+            bias_correction: self.keep("optimizer.bias_correction", correction?),
         };
         Some(if is_adamw { Optimizer::AdamW(config) } else { Optimizer::Adam(config) })
     }
@@ -123,18 +124,19 @@ impl Assembler<'_> {
     }
 
     fn adagrad(&mut self) -> Option<AdagradConfig> {
-        for key in ["lr_decay", "initial_accumulator_value"] {
-            let path = format!("deepspeed.optimizer.params.{key}");
-            if let Some(setting) = self.setting(&path).filter(|setting| setting.value.number() != Some(0.0)) {
-                self.not_supported(&setting, "set it to `0` or leave it out");
+        const START: &str = "deepspeed.optimizer.params.initial_accumulator_value";
+        if let Some(setting) = self.setting(START) {
+            if setting.value.number() == Some(0.0) {
+                self.note(&setting, NoteKind::AsAlways, "the sum of squares starts at 0");
             } else {
-                let zero = self.setting(&path);
-                zero.iter().for_each(|zero| self.note(zero, NoteKind::AsAlways, "it is always 0 here"));
+                self.not_supported(&setting, "set it to `0` or leave it out");
             }
         }
         let eps = self.get_or("deepspeed.optimizer.params.eps", Value::number, 1e-10);
         let decay = self.weight_decay();
+        let lr_decay = self.get_or("deepspeed.optimizer.params.lr_decay", Value::number, 0.0);
         Some(AdagradConfig {
+            lr_decay: self.keep("optimizer.lr_decay", lr_decay?),
             eps: self.keep("optimizer.eps", eps?),
             weight_decay: self.keep("optimizer.weight_decay", decay?),
         })

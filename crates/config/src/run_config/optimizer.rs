@@ -24,7 +24,7 @@ pub enum Optimizer {
     Muon(MuonConfig),
 }
 
-/// The constants of Adam; bias correction is always on.
+/// The constants of Adam.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct AdamConfig {
     /// Decay rates of the first and second moment.
@@ -33,6 +33,8 @@ pub struct AdamConfig {
     pub eps: f64,
     /// Weight decay.
     pub weight_decay: f64,
+    /// Whether moments are corrected for their start at 0.
+    pub bias_correction: bool,
 }
 
 /// The constants of stochastic gradient descent.
@@ -54,9 +56,11 @@ pub struct SgdConfig {
 /// The constants of Adagrad.
 ///
 /// # Source
-/// `torch.optim.Adagrad` without decay of the learning rate, its sum starting at 0.
+/// `torch.optim.Adagrad`, its sum starting at 0.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct AdagradConfig {
+    /// The rate is divided by `1 + lr_decay * steps`.
+    pub lr_decay: f64,
     /// Added to the root of the sum of squares.
     pub eps: f64,
     /// Weight decay, added to the gradient.

@@ -55,6 +55,7 @@ optimizer.type                       "AdamW"      ds.json:6 `optimizer.type`
 optimizer.betas                      [0.9,0.95]   ds.json:6 `optimizer.params.betas`
 optimizer.eps                        1e-8         default
 optimizer.weight_decay               0.0          default
+optimizer.bias_correction            true         default
 optimizer_state_dtype                "fp32"       default
 lr_schedule.type                     "constant"   default
 lr_schedule.lr                       0.0003       ds.json:6 `optimizer.params.lr`

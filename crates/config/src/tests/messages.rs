@@ -208,11 +208,10 @@ OneBitAdam or OneBitLamb, not of AdamW
 hint: leave it out"
     );
     assert_eq!(
-        with("deepspeed.optimizer.params.bias_correction=false"),
+        with("deepspeed.optimizer.params.amsgrad=true"),
         "\
-error: --set deepspeed.optimizer.params.bias_correction=false: `deepspeed.optimizer.params.bias_correction` is not \
-supported yet
-hint: set it to `true` or leave it out; Adam's moments are always corrected"
+error: --set deepspeed.optimizer.params.amsgrad=true: `deepspeed.optimizer.params.amsgrad` is not supported yet
+hint: set it to `false` or leave it out"
     );
     assert_eq!(
         says(&run_with(r#"{"train_batch_size": 2, "scheduler": {}}"#), &[]),

@@ -28,9 +28,7 @@ fn sample(path: &str, key: &Key) -> String {
         "deepspeed.scheduler.type" => Some("\"WarmupLR\""),
         "deepspeed.data_types.grad_accum_dtype" | "deepspeed.data_types.param_dtype" => Some("\"fp32\""),
         "deepspeed.optimizer.params.ns_method" => Some("\"standard\""),
-        "deepspeed.optimizer.params.lr_decay" | "deepspeed.optimizer.params.initial_accumulator_value" => {
-            Some("0")
-        }
+        "deepspeed.optimizer.params.initial_accumulator_value" => Some("0"),
         "deepspeed.optimizer.params.eps_inside_sqrt" | "deepspeed.optimizer.params.per_head_muon" => {
             Some("false")
         }

@@ -137,11 +137,11 @@ fn optimizers_have_the_defaults_of_their_classes() {
         (run.optimizer, run.lr_schedule)
     };
     let constant = |lr| LrSchedule::Constant { lr };
-    let adam = AdamConfig { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0 };
+    let adam = AdamConfig { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, bias_correction: true };
     assert_eq!(of("Adam"), (Optimizer::AdamW(adam), constant(1e-3)));
     let sgd = SgdConfig { momentum: 0.0, dampening: 0.0, nesterov: false, weight_decay: 0.0 };
     assert_eq!(of("SGD"), (Optimizer::Sgd(sgd), constant(1e-3)));
-    let adagrad = AdagradConfig { eps: 1e-10, weight_decay: 0.0 };
+    let adagrad = AdagradConfig { lr_decay: 0.0, eps: 1e-10, weight_decay: 0.0 };
     assert_eq!(of("adagrad"), (Optimizer::Adagrad(adagrad), constant(1e-2)));
     let lion = LionConfig { betas: [0.9, 0.999], weight_decay: 0.0 };
     assert_eq!(of("Lion"), (Optimizer::Lion(lion), constant(1e-3)));
@@ -209,8 +209,10 @@ fn optimizers_take_their_own_parameters() {
             ),
         ),
         (
-            r#"{"type": "Adagrad", "params": {"lr_decay": 0.5}}"#,
-            format!("`{params}.lr_decay` = `0.5` is not supported yet\nhint: set it to `0` or leave it out"),
+            r#"{"type": "Adagrad", "params": {"initial_accumulator_value": 0.5}}"#,
+            format!(
+                "`{params}.initial_accumulator_value` = `0.5` is not supported yet\nhint: set it to `0` or leave it out"
+            ),
         ),
         (
             r#"{"type": "Lamb", "params": {"max_coeff": 0.001}}"#,
