@@ -289,6 +289,24 @@ fn every_used_value_shows_up_in_the_configuration() {
 }
 
 #[test]
+fn the_documentation_names_every_key_that_counts() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/run-file.md");
+    let docs = fs::read_to_string(path).unwrap();
+    for (path, key) in Schema::new().iter() {
+        let counts =
+            key.fate == Fate::Used || (matches!(key.fate, Fate::BelongsTo(_)) && owner(path).is_some());
+        let is_leaf = !matches!(key.kind, Kind::Group | Kind::TextOrGroup);
+        let name = path.rsplit('.').next().unwrap();
+        let shown = match path.strip_prefix("deepspeed.") {
+            // Members of a group may stand under its name.
+            Some(_) => docs.contains(&format!("{name}`")),
+            None => docs.contains(&format!("`{path}`")),
+        };
+        assert!(shown || !counts || !is_leaf, "`{path}` is not in docs/run-file.md");
+    }
+}
+
+#[test]
 fn other_values_of_limited_keys_are_refused() {
     let mut tried = 0;
     for (path, key) in Schema::new().iter() {
