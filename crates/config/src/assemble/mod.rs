@@ -62,7 +62,7 @@ impl Assembler<'_> {
         let clip = self.get("deepspeed.gradient_clipping", Value::number);
         let zero = self.zero();
         let activations = self.activations();
-        let train = self.train(lr_schedule.as_ref(), loss_scaling.flatten());
+        let train = self.train(lr_schedule.as_ref(), loss_scaling.flatten(), non_finite_grads);
         let checkpoint = self.checkpoint();
         let steps_per_print = self.optional("deepspeed.steps_per_print", whole);
         Some(RunConfig {

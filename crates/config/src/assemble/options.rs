@@ -82,25 +82,43 @@ impl Assembler<'_> {
         &mut self,
         lr_schedule: Option<&LrSchedule>,
         loss_scaling: Option<LossScaling>,
+        non_finite: Option<NonFiniteGrads>,
     ) -> Option<TrainConfig> {
         let no_decay = self.get("train.no_decay", patterns);
         let frozen = self.get("train.frozen", patterns);
         let groups = self.groups("train.groups", |this, path| this.param_group(path, lr_schedule));
-        let skips = self.optional("train.max_consecutive_skips", whole)?;
-        let skips = match (skips.value, loss_scaling) {
-            (Some(_), _) => skips,
-            (None, Some(LossScaling::Dynamic(_))) => Found {
-                value: None,
-                source: derived("dynamic loss scaling, whose limit is the minimum scale"),
-            },
-            (None, _) => Found { value: Some(MAX_SKIPS), source: Source::Default },
-        };
+        let skips = self.max_skips(loss_scaling, non_finite?);
         Some(TrainConfig {
             no_decay: self.keep("train.no_decay", no_decay?),
             frozen: self.keep("train.frozen", frozen?),
             groups: self.keep("train.groups", groups?),
-            max_consecutive_skips: self.keep("train.max_consecutive_skips", skips),
+            max_consecutive_skips: self.keep("train.max_consecutive_skips", skips?),
         })
+    }
+
+    /// How many steps may be skipped in a row, where nothing else limits it.
+    fn max_skips(
+        &mut self,
+        loss_scaling: Option<LossScaling>,
+        non_finite: NonFiniteGrads,
+    ) -> Option<Found<Option<u64>>> {
+        const KEY: &str = "train.max_consecutive_skips";
+        let skips = self.optional(KEY, whole)?;
+        let (why, source) = match (loss_scaling, non_finite) {
+            (Some(LossScaling::Dynamic(_)), _) => (
+                "skips end at the minimum of a dynamic loss scale",
+                "the minimum of the loss scale, which is the limit",
+            ),
+            (_, NonFiniteGrads::Apply) => {
+                ("`bf16.check_grad_overflow` is off, so no step is skipped", "`non_finite_grads`")
+            }
+            _ => return Some(Found { value: skips.value.or(Some(MAX_SKIPS)), source: skips.source }),
+        };
+        if let Some(setting) = self.setting(KEY) {
+            self.conflict(setting.value.at, format!("`{KEY}` is set, but {why}"), "leave it out");
+            return None;
+        }
+        Some(Found { value: None, source: derived(source) })
     }
 
     fn param_group(&mut self, path: &str, lr_schedule: Option<&LrSchedule>) -> Option<ParamGroup> {

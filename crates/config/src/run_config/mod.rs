@@ -163,8 +163,8 @@ pub struct TrainConfig {
     pub frozen: Vec<NamePattern>,
     /// Parameters with a learning rate or weight decay of their own; the first group that matches holds.
     pub groups: Vec<ParamGroup>,
-    /// The run ends when more steps than this are skipped in a row. `None` sets no limit: dynamic loss scaling has one of its
-    /// own, the minimum scale.
+    /// So many steps skipped in a row end the run. `None` under a dynamic loss scale, where skips end at the minimum scale, and
+    /// where no step is skipped.
     pub max_consecutive_skips: Option<u64>,
 }
 

@@ -54,10 +54,14 @@ fn fp16_scales_its_loss() {
         refill: HysteresisRefill::EveryGoodStep,
         min_scale: 0.25,
     };
-    let run = config(&[fp16, "train.max_consecutive_skips=3"]);
-    assert_eq!(run.loss_scaling, Some(LossScaling::Dynamic(all)));
-    assert_eq!(run.train.max_consecutive_skips, Some(3));
+    assert_eq!(config(&[fp16]).loss_scaling, Some(LossScaling::Dynamic(all)));
+    assert_eq!(
+        says(&[fp16, "train.max_consecutive_skips=3"]),
+        "`train.max_consecutive_skips` is set, but skips end at the minimum of a dynamic loss scale\nhint: leave it out"
+    );
     let fixed = [fp16, "deepspeed.fp16.loss_scale=128"];
+    let run = config(&[&fixed[..], &["train.max_consecutive_skips=3"]].concat());
+    assert_eq!(run.train.max_consecutive_skips, Some(3));
     let run = config(&fixed);
     assert_eq!(run.loss_scaling, Some(LossScaling::Static { scale: 128.0 }));
     assert_eq!(run.train.max_consecutive_skips, Some(20));
@@ -86,7 +90,11 @@ fn fp16_scales_its_loss() {
 fn bf16_may_apply_what_is_not_finite() {
     let unchecked = "deepspeed.bf16.check_grad_overflow=false";
     assert_eq!(config(&["deepspeed.bf16.enabled=true"]).non_finite_grads, NonFiniteGrads::Skip);
-    assert_eq!(config(&["deepspeed.bf16.enabled=true", unchecked]).non_finite_grads, NonFiniteGrads::Apply);
+    let applied = config(&["deepspeed.bf16.enabled=true", unchecked]);
+    assert_eq!(
+        (applied.non_finite_grads, applied.train.max_consecutive_skips),
+        (NonFiniteGrads::Apply, None)
+    );
     assert_eq!(config(&[unchecked]).non_finite_grads, NonFiniteGrads::Skip);
     assert_eq!(idle(&[unchecked]), ["check_grad_overflow"]);
 }
