@@ -21,7 +21,7 @@ test: build ## run all tests
 	$(CARGO) test --no-fail-fast
 	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
 	$(CARGO) test --release --no-fail-fast $(TORCH_CRATES)
-	$(CARGO) run --release -p shardwise-engine --example custom_model
+	target/release/examples/custom_model # built with the tests
 
 test-fast: ## run the tests of the crates that need no libtorch
 	$(CARGO) test --no-fail-fast

@@ -78,15 +78,13 @@ fn describe(plan: &RunPlan) -> String {
 }
 
 fn headlines(plan: &RunPlan) -> String {
-    let RunShape {
-        model, mesh, stage, compute_bytes, micro_batch, seq_len, grad_accum_steps, overlap, ..
-    } = &plan.shape;
+    let RunShape { model, mesh, stage, precision, micro_batch, seq_len, grad_accum_steps, overlap, .. } =
+        &plan.shape;
     let trained = match plan.num_params - plan.num_trained {
         0 => String::new(),
         frozen => format!(", {} of them frozen", format_count(frozen as u64)),
     };
     let [pipeline, data, tensor] = [Axis::Pipeline, Axis::Data, Axis::Tensor].map(|axis| mesh.degree(axis));
-    let precision = if *compute_bytes == 2 { "bf16" } else { "fp32" };
     let overlap = match overlap {
         Overlap::Inline => "in turn with computation",
         Overlap::SideThread => "beside computation",

@@ -20,8 +20,11 @@
 //! ```
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::thread::panic_message;
 use crate::{CommError, Group, ProcessGroup};
@@ -34,6 +37,7 @@ type Job = Box<dyn FnOnce(&dyn ProcessGroup) + Send>;
 pub struct CommQueue {
     group: Group,
     jobs: Option<Sender<Job>>,
+    waited_ns: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -41,6 +45,7 @@ pub struct CommQueue {
 #[must_use = "an operation's buffers and its error come back through `wait`"]
 pub struct Work<T> {
     result: Receiver<Result<T, CommError>>,
+    waited_ns: Arc<AtomicU64>,
     group: Group,
 }
 
@@ -56,12 +61,17 @@ impl CommQueue {
             .name(format!("comm-{}", group.name()))
             .spawn(move || queue.into_iter().for_each(|job| job(&*served)))
             .map_err(|error| CommError::system("start a thread for collectives", error))?;
-        Ok(CommQueue { group, jobs: Some(jobs), thread: Some(thread) })
+        Ok(CommQueue { group, jobs: Some(jobs), waited_ns: Arc::default(), thread: Some(thread) })
     }
 
     /// The group it serves.
     pub fn group(&self) -> &Group {
         &self.group
+    }
+
+    /// How long callers have been in [`Work::wait`] so far: communication that nothing was computed beside.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.waited_ns.load(Ordering::Relaxed))
     }
 
     /// Queues `operation`.
@@ -81,7 +91,7 @@ impl CommQueue {
         });
         let jobs = self.jobs.as_ref().expect("taken in drop only");
         jobs.send(job).expect("the thread ends only after the sender is dropped, and jobs do not panic");
-        Work { result, group: self.group.clone() }
+        Work { result, waited_ns: self.waited_ns.clone(), group: self.group.clone() }
     }
 }
 
@@ -101,7 +111,10 @@ impl<T> Work<T> {
     /// # Errors
     /// The operation's; [`CommError::QueuePanicked`] if it panicked.
     pub fn wait(self) -> Result<T, CommError> {
-        self.result.recv().unwrap_or_else(|_| {
+        let start = Instant::now();
+        let result = self.result.recv();
+        self.waited_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result.unwrap_or_else(|_| {
             let message = "the queue was lost".to_owned();
             Err(CommError::QueuePanicked { group: self.group.name().to_owned(), message })
         })

@@ -47,6 +47,12 @@ pub struct StepMetrics {
     pub tokens_per_s: f64,
     /// Wall time of the step.
     pub step_s: f64,
+    /// Steps skipped so far, this one included.
+    pub skipped_steps: u64,
+    /// Learning rate of each parameter group, in their order; empty if there is but one.
+    pub group_lrs: Vec<f64>,
+    /// Time of this step in which the busiest rank was in collectives, or waited for them, and computed nothing.
+    pub exposed_comm_s: f64,
     /// Sent by the busiest rank in this step.
     pub comm_bytes: u64,
     /// Peak resident memory so far, of the worst rank.
@@ -68,6 +74,12 @@ struct Line {
     tokens_per_s: Option<f64>,
     step_s: Option<f64>,
     comm_bytes: u64,
+    #[serde(default)]
+    skipped_steps: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    group_lrs: Vec<f64>,
+    #[serde(default)]
+    exposed_comm_s: Option<f64>,
     peak_rss_mb: Option<f64>,
     device_peak_mb: Option<f64>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -110,6 +122,9 @@ impl From<StepMetrics> for Line {
             tokens_per_s: number("tokens_per_s", m.tokens_per_s),
             step_s: number("step_s", m.step_s),
             comm_bytes: m.comm_bytes,
+            skipped_steps: m.skipped_steps,
+            group_lrs: m.group_lrs,
+            exposed_comm_s: number("exposed_comm_s", m.exposed_comm_s),
             peak_rss_mb: number("peak_rss_mb", m.peak_rss_mb),
             device_peak_mb: m.device_peak_mb.and_then(|v| number("device_peak_mb", v)),
             non_finite,
@@ -128,6 +143,7 @@ impl From<Line> for StepMetrics {
         };
         let number = |key: &str, value: Option<f64>| value.or_else(|| restored(key)).unwrap_or(f64::NAN);
         StepMetrics {
+            group_lrs: line.group_lrs.clone(),
             step: line.step,
             loss: number("loss", line.loss),
             grad_norm: number("grad_norm", line.grad_norm),
@@ -138,6 +154,8 @@ impl From<Line> for StepMetrics {
             tokens_per_s: number("tokens_per_s", line.tokens_per_s),
             step_s: number("step_s", line.step_s),
             comm_bytes: line.comm_bytes,
+            skipped_steps: line.skipped_steps,
+            exposed_comm_s: number("exposed_comm_s", line.exposed_comm_s),
             peak_rss_mb: number("peak_rss_mb", line.peak_rss_mb),
             device_peak_mb: line.device_peak_mb.or_else(|| restored("device_peak_mb")),
         }
@@ -167,6 +185,22 @@ impl MetricsWriter {
         let whole = whole_lines_bytes(&mut file).map_err(MonitorError::file("read", path))?;
         file.set_len(whole).map_err(MonitorError::file("write", path))?;
         Ok(MetricsWriter { file, path: path.to_path_buf() })
+    }
+
+    /// As [`MetricsWriter::append`], for a run that goes on after `last_step`: later steps, which a run that was cut
+    /// off after its checkpoint has left, make way.
+    ///
+    /// # Errors
+    /// As [`MetricsWriter::append`].
+    pub fn resume(path: &Path, last_step: u64) -> Result<Self, MonitorError> {
+        let writer = Self::append(path)?;
+        let text = std::fs::read_to_string(path).map_err(MonitorError::file("read", path))?;
+        let is_kept = |line: &&str| {
+            serde_json::from_str::<StepMetrics>(line).is_ok_and(|metrics| metrics.step <= last_step)
+        };
+        let kept: usize = text.split_inclusive('\n').take_while(is_kept).map(str::len).sum();
+        writer.file.set_len(kept as u64).map_err(MonitorError::file("write", path))?;
+        Ok(writer)
     }
 
     /// Appends one step.
@@ -215,6 +249,9 @@ pub(crate) mod tests {
             tokens_per_s: 8192.0,
             step_s: 0.5,
             comm_bytes: 1_000_000,
+            skipped_steps: 2,
+            group_lrs: Vec::new(),
+            exposed_comm_s: 0.125,
             peak_rss_mb: 812.5,
             device_peak_mb: None,
         }
@@ -229,8 +266,8 @@ pub(crate) mod tests {
         assert_eq!(
             serde_json::to_string(&example(1)).unwrap(),
             "{\"step\":1,\"loss\":5.5,\"grad_norm\":1.25,\"lr\":0.0003,\"loss_scale\":null,\"outcome\":\"applied\",\
-             \"tokens\":4096,\"tokens_per_s\":8192.0,\"step_s\":0.5,\"comm_bytes\":1000000,\"peak_rss_mb\":812.5,\
-             \"device_peak_mb\":null}"
+             \"tokens\":4096,\"tokens_per_s\":8192.0,\"step_s\":0.5,\"comm_bytes\":1000000,\"skipped_steps\":2,\
+             \"exposed_comm_s\":0.125,\"peak_rss_mb\":812.5,\"device_peak_mb\":null}"
         );
     }
 
@@ -302,6 +339,21 @@ pub(crate) mod tests {
         std::fs::write(&path, "torn").unwrap();
         MetricsWriter::append(&path).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_resumed_run_replaces_the_steps_it_does_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::append(&path).unwrap();
+        (1..=5).for_each(|step| writer.write(&example(step)).unwrap());
+        MetricsWriter::resume(&path, 3).unwrap().write(&example(4)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let steps: Vec<_> =
+            text.lines().map(|line| serde_json::from_str::<StepMetrics>(line).unwrap().step).collect();
+        assert_eq!(steps, [1, 2, 3, 4]);
+        // A checkpoint of another run: nothing here comes before it.
+        MetricsWriter::resume(&folder.path().join("new.jsonl"), 3).unwrap();
     }
 
     #[test]

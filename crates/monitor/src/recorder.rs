@@ -24,6 +24,20 @@ impl RunRecorder {
         })
     }
 
+    /// As [`RunRecorder::open`], for a run that goes on after `last_step`; what the files say of later steps is void.
+    ///
+    /// # Errors
+    /// As [`RunRecorder::open`].
+    pub fn resume(folder: &Path, last_step: u64) -> Result<Self, MonitorError> {
+        std::fs::create_dir_all(folder).map_err(MonitorError::file("open", folder))?;
+        let mut tensorboard = TensorBoardWriter::create(folder)?;
+        tensorboard.purge_from(last_step + 1)?;
+        Ok(RunRecorder {
+            metrics: MetricsWriter::resume(&RunDir::new(folder).metrics(), last_step)?,
+            tensorboard,
+        })
+    }
+
     /// Records one step in both files.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! frame    length: u64 LE │ masked crc32c of length: u32 LE │ payload │ masked crc32c of payload: u32 LE
-//! Event    1 wall_time: double │ 2 step: int64 │ 3 file_version: string  or  5 summary: Summary
+//! Event    1 wall_time: double │ 2 step: int64 │ 3 file_version: string  or  5 summary: Summary  or  7 session_log
 //! Summary  1 repeated Value { 1 tag: string │ 2 simple_value: float }
 //! ```
 //!
@@ -42,6 +42,20 @@ impl TensorBoardWriter {
         &self.path
     }
 
+    /// Says that what earlier files hold of `step` and later is void: the run begins there again.
+    ///
+    /// # Errors
+    /// As [`TensorBoardWriter::write_scalars`].
+    pub fn purge_from(&mut self, step: u64) -> Result<(), MonitorError> {
+        const SESSION_STARTS: u64 = 1;
+        let session = Message::new().varint_field(1, SESSION_STARTS);
+        let event = Message::new()
+            .double(1, unix_time(SystemTime::now()))
+            .varint_field(2, step)
+            .bytes(7, &session.0);
+        self.file.write_all(&frame(&event.0)).map_err(MonitorError::file("write", &self.path))
+    }
+
     /// Writes the scalars of one step.
     ///
     /// # Errors
@@ -67,13 +81,17 @@ impl TensorBoardWriter {
             ("train/grad_norm", metrics.grad_norm),
             ("train/lr", metrics.lr),
             ("train/skipped", skipped),
+            ("train/skipped_steps", metrics.skipped_steps as f64),
             ("throughput/tokens_per_s", metrics.tokens_per_s),
             ("throughput/step_s", metrics.step_s),
             ("throughput/comm_bytes", metrics.comm_bytes as f64),
+            ("throughput/exposed_comm_s", metrics.exposed_comm_s),
             ("memory/peak_rss_mb", metrics.peak_rss_mb),
         ];
         scalars.extend(metrics.loss_scale.map(|value| ("train/loss_scale", value)));
         scalars.extend(metrics.device_peak_mb.map(|value| ("memory/device_peak_mb", value)));
+        let groups: Vec<_> = (0..metrics.group_lrs.len()).map(|i| format!("train/lr_group_{i}")).collect();
+        scalars.extend(groups.iter().map(String::as_str).zip(metrics.group_lrs.iter().copied()));
         self.write_scalars(metrics.step, SystemTime::now(), &scalars)
     }
 }
@@ -234,6 +252,16 @@ mod tests {
             assert!(text.contains("train/loss") && text.contains("memory/peak_rss_mb"));
             assert!(!text.contains("loss_scale") && !text.contains("device_peak"));
         }
+    }
+
+    #[test]
+    fn a_resumed_run_voids_what_it_does_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = TensorBoardWriter::create(folder.path()).unwrap();
+        writer.purge_from(7).unwrap();
+        let payloads = frames(&std::fs::read(writer.path()).unwrap());
+        // step 7; session_log of 2 bytes: status = START
+        assert_eq!(payloads[1][9..], [0x10, 7, 0x3a, 2, 0x08, 1]);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
 //! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
 //! | [`pipeline`] | which layers does a pipeline stage hold, and in what order does it run them? |
+//! | [`activations`] | what becomes of a layer's activations until its backward? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`run`] | all of that for one run |
@@ -20,6 +21,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod activations;
 mod bytes;
 pub mod layout;
 pub mod memory;
@@ -35,6 +37,7 @@ pub mod tensor;
 pub mod traffic;
 pub mod zoo;
 
+pub use activations::{ActivationPolicy, ActivationRules};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use mesh::{Axis, Coordinates, Mesh};

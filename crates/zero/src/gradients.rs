@@ -19,6 +19,7 @@ use half::bf16;
 use shardwise_comm::Part;
 use shardwise_device::{Buffer, DType, DeviceError, Slice, SliceMut};
 use shardwise_kernels::{Threads, add, cast};
+use shardwise_plan::memory::NUM_REDUCING;
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
@@ -26,7 +27,7 @@ use crate::unit::{GradState, Unit};
 use crate::{Zero, ZeroError};
 
 /// Reductions under way on the side thread: one runs while the next is being filled.
-const MAX_REDUCING: usize = 2;
+const MAX_REDUCING: usize = NUM_REDUCING - 1;
 
 impl Zero {
     /// Takes the gradients of one unit in one micro-batch: one for each of its parameters, in their order and in the

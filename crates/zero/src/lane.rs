@@ -4,6 +4,9 @@
 //! that is under way. Every collective of the group goes through the same lane, which keeps their order equal on
 //! all ranks.
 
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
 use shardwise_device::{Buffer, Slice, SliceMut};
 
@@ -12,6 +15,8 @@ use crate::{Overlap, ZeroError};
 pub(crate) struct Lane {
     group: Group,
     queue: Option<CommQueue>,
+    /// Time in collectives of the caller's thread.
+    inline: Cell<Duration>,
 }
 
 /// A result that is here, or under way.
@@ -36,7 +41,7 @@ impl Lane {
             Overlap::Inline => None,
             Overlap::SideThread => Some(CommQueue::new(group.clone())?),
         };
-        Ok(Lane { group, queue })
+        Ok(Lane { group, queue, inline: Cell::default() })
     }
 
     pub fn group(&self) -> &Group {
@@ -47,13 +52,25 @@ impl Lane {
         self.queue.is_none()
     }
 
+    /// How long the caller's thread has been in collectives, or has waited for those of the side thread.
+    pub fn exposed(&self) -> Duration {
+        self.inline.get() + self.queue.as_ref().map_or(Duration::ZERO, CommQueue::waited)
+    }
+
+    fn timed<T>(&self, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
+        let start = Instant::now();
+        let result = call(&*self.group);
+        self.inline.set(self.inline.get() + start.elapsed());
+        result
+    }
+
     /// Runs `call` now, or hands it to the side thread.
     fn start<T: Send + 'static>(
         &self,
         call: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError> + Send + 'static,
     ) -> Result<Pending<T>, ZeroError> {
         Ok(match &self.queue {
-            None => Pending::Ready(call(&*self.group)?),
+            None => Pending::Ready(self.timed(call)?),
             Some(queue) => Pending::UnderWay(queue.submit(call)),
         })
     }
@@ -64,7 +81,7 @@ impl Lane {
         call: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError>,
     ) -> Result<T, ZeroError> {
         debug_assert!(self.is_inline(), "a collective beside the side thread would break the order");
-        Ok(call(&*self.group)?)
+        Ok(self.timed(call)?)
     }
 
     pub fn all_gather(

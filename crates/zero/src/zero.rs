@@ -248,6 +248,11 @@ impl Zero {
         self.lane.drain()
     }
 
+    /// Time so far in which the caller's thread was in a collective or waited for one, and computed nothing.
+    pub fn exposed_comm(&self) -> std::time::Duration {
+        self.lane.exposed()
+    }
+
     /// The `values` of every rank, in rank order.
     ///
     /// # Collective

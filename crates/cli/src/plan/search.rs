@@ -48,7 +48,7 @@ impl Answer {
             global_batch: config.batch.global_batch_size,
             micro_batch: shape.micro_batch,
             compute_bytes: shape.compute_bytes,
-            widths: StateWidths::adamw(shape.compute_bytes),
+            widths: StateWidths::new(shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes),
             frozen: shape.frozen.clone(),
             // The cores of this host say nothing of the cluster's devices, which copy beside computing.
             overlap: match config.zero.overlap_comm {

@@ -12,6 +12,7 @@
 //! | what ranks show each other | shared | always |
 //! | libtorch and this program | the process | always |
 
+mod head;
 mod layers;
 mod state;
 
@@ -20,6 +21,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+pub use head::HeadShape;
 pub(crate) use layers::first_trained;
 pub use layers::{LayerActivations, LayerLoad, layer_loads};
 pub use state::{ModelState, StateWidths};
@@ -30,15 +32,11 @@ use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
 /// MiB), libtorch's registry of operators on the heap (60), threads, its kernels' scratch memory and our own binary.
 const RUNTIME: Bytes = Bytes(150 << 20);
 
-/// Bytes of an element of a sum of gradients.
-const SUM_BYTES: usize = 4;
-
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
-const NUM_REDUCING: usize = 3;
+pub const NUM_REDUCING: usize = 3;
 
-/// What one rank shows the others at a time, in each of two phases; as it was when the plan was calibrated.
-/// `shardwise-comm` has 1 MiB by default now, 3 MiB more for two ranks.
-const SLOT: Bytes = Bytes(256 << 10);
+/// What the ranks of one host show each other at a time, together: 2 MiB in each of two phases, divided among them.
+pub const STAGING: Bytes = Bytes(4 << 20);
 
 /// What a plan of memory depends on, for one rank.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +49,10 @@ pub struct Workload<'a> {
     pub num_ranks: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// Bytes of the optimizer's states of an element.
+    pub optimizer_bytes: usize,
+    /// Bytes of an element of a sum of gradients.
+    pub grad_bytes: usize,
     /// Tokens of one micro-batch.
     pub microbatch_tokens: usize,
     /// Micro-batches in a step.
@@ -92,8 +94,8 @@ impl MemoryPlan {
     pub fn new(load: &Workload<'_>, stage: ZeroStage) -> Self {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment = layers::peak(load.layers, load.microbatch_tokens, load.compute_bytes);
-        let widths = StateWidths::adamw(load.compute_bytes);
-        let staging = if load.num_ranks > 1 { 2 * load.num_ranks as u64 * SLOT.0 } else { 0 };
+        let widths = StateWidths::new(load.compute_bytes, load.optimizer_bytes, load.grad_bytes);
+        let staging = if load.num_ranks > 1 { STAGING } else { Bytes(0) };
         let mut plan = MemoryPlan {
             stage,
             state: ModelState::new(load.units, stage, load.grad_accum_steps, widths),
@@ -102,7 +104,7 @@ impl MemoryPlan {
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
-            staging: Bytes(staging),
+            staging,
             runtime: RUNTIME,
             saving: Bytes::of(largest, size_of::<f32>()),
             peak: Bytes(0),
@@ -142,8 +144,9 @@ impl Workload<'_> {
         let whole = || units().map(|unit| unit.padded_numel);
         let shards = || units().map(UnitLayout::shard_numel);
         let accumulates = self.grad_accum_steps > 1;
-        let added =
-            |at_a_time| if accumulates { of_each_size(shards(), at_a_time, SUM_BYTES) } else { Bytes(0) };
+        let added = |at_a_time| {
+            if accumulates { of_each_size(shards(), at_a_time, self.grad_bytes) } else { Bytes(0) }
+        };
         match (self.overlap, stage) {
             (Overlap::Inline, ZeroStage::Zero) => Bytes(0),
             (Overlap::Inline, _) => added(1),
@@ -193,7 +196,7 @@ impl fmt::Display for MemoryPlan {
 mod tests {
     use super::*;
     use crate::layout::units_of;
-    use crate::{Init, LayerSpec, ParamSpec};
+    use crate::{ActivationRules, Init, LayerSpec, ParamSpec};
 
     /// Five layers of 640, 64, 64, 64 and 64 elements.
     fn plan(stage: ZeroStage, grad_accum_steps: usize, overlap: Overlap) -> MemoryPlan {
@@ -208,13 +211,15 @@ mod tests {
         };
         let layers: Vec<_> = (0..5).map(layer).collect();
         let units = units_of(&layers, 2, |_| false);
-        let activations = [LayerActivations { kept: 7, output: 1, forward: 0, backward: 0 }; 5];
-        let layers = layer_loads(&layers, &units, &activations);
+        let activations = [LayerActivations { kept: 7, output: 1, ..LayerActivations::default() }; 5];
+        let layers = layer_loads(&layers, &units, &activations, &ActivationRules::default());
         let load = Workload {
             units: &units,
             layers: &layers,
             num_ranks: 2,
             compute_bytes: 2,
+            optimizer_bytes: 8,
+            grad_bytes: 4,
             microbatch_tokens: 100,
             grad_accum_steps,
             overlap,

@@ -8,9 +8,6 @@ use crate::traffic::Traffic;
 use crate::zoo::SequenceParallel;
 use crate::{Axis, Bytes, Overlap};
 
-/// Bytes of an element of a sum of gradients.
-const SUM_BYTES: usize = 4;
-
 /// All that the estimates of one mesh have in common.
 pub(super) struct Costs<'a> {
     pub job: &'a Job,
@@ -93,6 +90,11 @@ impl Costs<'_> {
         self.model.tied_to[layer].is_some_and(|first| layers.contains(&first))
     }
 
+    /// Whether a layer's forward pass runs again for its backward: all but the model's last, whose backward follows at once.
+    pub(super) fn recomputes(&self, layout: &Layout, layer: usize) -> bool {
+        layout.recompute == Recompute::Layers && layer + 1 < self.flops.len()
+    }
+
     pub(super) fn tokens(&self, layout: &Layout) -> usize {
         layout.micro_batch * self.job.seq_len
     }
@@ -142,7 +144,7 @@ impl Costs<'_> {
             .sum();
         let whole = layout.stage.keeps_whole_gradients(layout.num_microbatches);
         let numel = if whole { numel } else { numel.div_ceil(layout.mesh.degree(Axis::Data)) };
-        Bytes::of(numel, SUM_BYTES)
+        Bytes::of(numel, self.job.widths.grads)
     }
 
     /// What a rank sends to its tensor group for one layer and micro-batch.
@@ -152,7 +154,7 @@ impl Costs<'_> {
     fn tensor_bytes(&self, layout: &Layout, layer: usize, pass: Pass) -> Bytes {
         let degree = self.model.tensor as u64;
         let whole = Bytes::of(self.tokens(layout) * self.job.model.hidden_size(), self.job.compute_bytes).0;
-        let recomputes = u64::from(layout.recompute == Recompute::Layers);
+        let recomputes = u64::from(self.recomputes(layout, layer));
         let gathers = u64::from(self.job.sequence == SequenceParallel::On);
         let (first, last) = (layer == 0, layer + 1 == self.flops.len());
         // In halves of an all-reduce: of a block's two sums, of the vocabulary's parts, of the gradient of the head's input.
@@ -169,13 +171,16 @@ impl Costs<'_> {
 
     fn time(&self, layout: &Layout, layers: &[usize]) -> StageTime {
         let degree = self.model.tensor;
-        let flops: u64 = layers.iter().map(|&layer| self.flops[layer]).sum();
-        let one = flops as f64 * self.tokens(layout) as f64 / degree as f64 / self.cluster.flops;
+        let seconds = |of: &dyn Fn(usize) -> bool| {
+            let flops: u64 = layers.iter().filter(|&&layer| of(layer)).map(|&layer| self.flops[layer]).sum();
+            flops as f64 * self.tokens(layout) as f64 / degree as f64 / self.cluster.flops
+        };
+        let one = seconds(&|_| true);
+        let again = seconds(&|layer| self.recomputes(layout, layer));
         let rate = self.rate(degree);
         let tensor = |pass: Pass| -> f64 {
             layers.iter().map(|&layer| self.tensor_bytes(layout, layer, pass).0 as f64 / rate).sum()
         };
-        let again = if layout.recompute == Recompute::Layers { one } else { 0.0 };
         StageTime {
             forward: one + tensor(Pass::Forward),
             backward_input: one + again + tensor(Pass::Backward),

@@ -3,15 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::cost::{Costs, KindCost};
-use super::{Layout, RankMemory, Recompute};
+use super::{Layout, RankMemory};
+use crate::memory::NUM_REDUCING;
 use crate::pipeline::ScheduleKind;
 use crate::{Axis, Bytes, Overlap, ZeroStage};
-
-/// Bytes of an element of a sum of gradients.
-const SUM_BYTES: usize = 4;
-
-/// Reductions on the side thread whose buffers are in use, as in `memory`.
-const NUM_REDUCING: usize = 3;
 
 /// Buffers of a pipeline stage for messages: in each direction one that comes and one that goes.
 const NUM_MESSAGES: usize = 4;
@@ -63,8 +58,9 @@ impl Costs<'_> {
             sizes.iter().map(size).sum()
         };
         let accumulates = layout.num_microbatches > 1;
-        let added =
-            |at_a_time| if accumulates { of_each_size(false, at_a_time, SUM_BYTES) } else { Bytes(0) };
+        let added = |at_a_time| {
+            if accumulates { of_each_size(false, at_a_time, self.job.widths.grads) } else { Bytes(0) }
+        };
         let reductions = match (self.job.overlap, layout.stage) {
             (Overlap::Inline, ZeroStage::Zero) => Bytes(0),
             (Overlap::Inline, _) => added(1),
@@ -91,14 +87,14 @@ impl Costs<'_> {
         let compute_bytes = self.job.compute_bytes;
         let tokens = self.tokens(layout);
         let bytes = |per_token: usize| Bytes::of(per_token * tokens, compute_bytes);
-        let activations = |layer: usize| self.model.activations[layer];
+        let activations = |layer: usize| self.model.activations(layout.micro_batch)[layer];
         // What the stage keeps of a layer: with recomputation only the output, which is the next layer's input.
         let kept = |layer: usize| {
             let held = activations(layer);
-            match layout.recompute {
-                Recompute::Off => bytes(held.kept + held.output),
-                Recompute::Layers => bytes(held.output),
-            }
+            if self.recomputes(layout, layer) { bytes(held.output) } else { bytes(held.kept + held.output) }
+        };
+        let again = |layer: usize| {
+            if self.recomputes(layout, layer) { bytes(activations(layer).kept) } else { Bytes(0) }
         };
         let input_width = |layer: usize| if layer == 0 { 0 } else { activations(layer - 1).output };
         // The input of the stage's first layer comes from elsewhere, and stays.
@@ -118,12 +114,9 @@ impl Costs<'_> {
         let mut held = others + received;
         for &layer in layers {
             held += kept(layer);
-            let recomputed = match layout.recompute {
-                Recompute::Off => Bytes(0),
-                // The graph that is dropped after the forward pass lives while it runs.
-                Recompute::Layers => bytes(activations(layer).kept),
-            };
-            fullest.raise_to(held + recomputed, bytes(activations(layer).forward));
+            // The forward pass of a layer that is computed again holds it too; a bound, as in `memory`.
+            let fixed = Bytes::of(activations(layer).fixed, compute_bytes);
+            fullest.raise_to(held + again(layer), bytes(activations(layer).forward) + fixed);
         }
         let grads = |numel: usize| Bytes::of(numel, compute_bytes);
         let mut waiting = Bytes(0);
@@ -131,11 +124,7 @@ impl Costs<'_> {
             let kind = &self.kinds[self.model.kinds[layer]];
             let temporaries =
                 bytes(activations(layer).backward + activations(layer).output + input_width(layer));
-            let recomputed = match layout.recompute {
-                Recompute::Off => Bytes(0),
-                Recompute::Layers => bytes(activations(layer).kept),
-            };
-            fullest.raise_to(held + recomputed, temporaries + grads(kind.trained) + waiting);
+            fullest.raise_to(held + again(layer), temporaries + grads(kind.trained) + waiting);
             if self.finds_tied(layers, layer) {
                 waiting += grads(kind.trained_tied);
             }

@@ -92,7 +92,7 @@ pub struct Job {
 pub enum Recompute {
     /// All that the backward pass reads.
     Off,
-    /// The layer's input; its forward pass runs again.
+    /// The layer's input; its forward pass runs again, but for the model's last layer.
     Layers,
 }
 

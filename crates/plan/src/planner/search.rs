@@ -55,9 +55,10 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
             found.ruled_out.push(Ruled { pipeline, data: None, tensor, reason });
         }
     }
+    let sizes = micro_batches(job);
     let mut locals = Vec::new();
     for tensor in degrees(job.tensor) {
-        match LocalModel::new(job, &layers, tensor) {
+        match LocalModel::new(job, &layers, tensor, &sizes) {
             Ok(local) => locals.push(local),
             Err(error) => found.rule_out([None, None, Some(tensor)], error.to_string()),
         }
@@ -88,7 +89,7 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
             let kinds = local.laid_out(data);
             for (schedule, stages) in &schedules {
                 let costs = Costs { job, cluster, model: local, kinds: &kinds, stages, flops: &flops };
-                layouts(job, mesh, *schedule).for_each(|layout| found.add(costs.estimate(&layout)));
+                layouts(job, mesh, *schedule, &sizes).for_each(|layout| found.add(costs.estimate(&layout)));
             }
         }
     }
@@ -100,15 +101,25 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
     found
 }
 
-/// Everything that can be chosen on one mesh with one schedule.
-fn layouts(job: &Job, mesh: Mesh, schedule: Option<ScheduleKind>) -> impl Iterator<Item = Layout> {
-    let pipeline = mesh.degree(Axis::Pipeline);
-    let batch = job.global_batch / mesh.degree(Axis::Data);
-    let powers = std::iter::successors(Some(1), |samples| Some(samples * 2))
-        .take_while(|&samples| samples <= MOST_SAMPLES);
-    let mut sizes: Vec<usize> = powers.chain([job.micro_batch]).collect();
+/// Sizes of micro-batches to try.
+fn micro_batches(job: &Job) -> Vec<usize> {
+    let powers = std::iter::successors(Some(1), |samples| Some(samples * 2));
+    let mut sizes: Vec<usize> =
+        powers.take_while(|&samples| samples <= MOST_SAMPLES).chain([job.micro_batch]).collect();
     sizes.sort_unstable();
     sizes.dedup();
+    sizes
+}
+
+/// Everything that can be chosen on one mesh with one schedule.
+fn layouts(
+    job: &Job,
+    mesh: Mesh,
+    schedule: Option<ScheduleKind>,
+    sizes: &[usize],
+) -> impl Iterator<Item = Layout> {
+    let pipeline = mesh.degree(Axis::Pipeline);
+    let batch = job.global_batch / mesh.degree(Axis::Data);
     let fills = move |micro_batch: &usize| {
         batch.is_multiple_of(*micro_batch)
             && match schedule {
@@ -122,7 +133,7 @@ fn layouts(job: &Job, mesh: Mesh, schedule: Option<ScheduleKind>) -> impl Iterat
     // One replica has nothing to shard over.
     let alone = mesh.degree(Axis::Data) == 1 && job.stage.is_none();
     let stages = if alone { vec![ZeroStage::Zero] } else { stages };
-    sizes.into_iter().filter(fills).flat_map(move |micro_batch| {
+    sizes.iter().copied().filter(fills).flat_map(move |micro_batch| {
         let num_microbatches = batch / micro_batch;
         stages.clone().into_iter().flat_map(move |stage| {
             [Recompute::Off, Recompute::Layers].map(|recompute| Layout {

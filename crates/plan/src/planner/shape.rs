@@ -12,8 +12,8 @@ use crate::tensor::SplitError;
 pub(super) struct LocalModel {
     /// Each layer's kind.
     pub kinds: Vec<usize>,
-    /// Each layer's activations.
-    pub activations: Vec<LayerActivations>,
+    /// Each layer's activations, by samples of a micro-batch.
+    activations: HashMap<usize, Vec<LayerActivations>>,
     /// For each layer the first layer that declares one of its parameters.
     pub tied_to: Vec<Option<usize>>,
     kinds_params: Vec<KindParams>,
@@ -40,13 +40,20 @@ pub(super) struct Kind {
 }
 
 impl LocalModel {
-    pub fn new(job: &Job, layers: &[LayerSpec], tensor: usize) -> Result<Self, SplitError> {
+    pub fn new(
+        job: &Job,
+        layers: &[LayerSpec],
+        tensor: usize,
+        micro_batches: &[usize],
+    ) -> Result<Self, SplitError> {
+        let activations =
+            |samples| job.model.activations_on(tensor, job.sequence, samples, job.seq_len, job.compute_bytes);
         let is_frozen = |param: &ParamSpec| job.frozen.iter().any(|pattern| pattern.matches(&param.name));
         let mut first_use: HashMap<&str, usize> = HashMap::new();
         let mut known: HashMap<Vec<(Vec<usize>, bool, bool)>, usize> = HashMap::new();
         let mut model = LocalModel {
             kinds: Vec::with_capacity(layers.len()),
-            activations: job.model.activations_on(tensor, job.sequence),
+            activations: micro_batches.iter().map(|&samples| (samples, activations(samples))).collect(),
             tied_to: Vec::with_capacity(layers.len()),
             kinds_params: Vec::new(),
             tensor,
@@ -76,6 +83,11 @@ impl LocalModel {
             model.kinds.push(kind);
         }
         Ok(model)
+    }
+
+    /// What each layer holds of a micro-batch of one of the sizes that it was made for.
+    pub fn activations(&self, micro_batch: usize) -> &[LayerActivations] {
+        &self.activations[&micro_batch]
     }
 
     /// Its kinds of layers, laid out for `data` ranks.

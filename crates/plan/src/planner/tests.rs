@@ -4,9 +4,9 @@ use serde_json::{Value, json};
 
 use super::memory::alive;
 use super::*;
-use crate::Axis;
 use crate::pipeline::{Durations, Schedule, Transport};
 use crate::run::{RunPlan, RunShape};
+use crate::{ActivationPolicy, ActivationRules, Axis};
 
 fn gpt2(layers: usize, hidden: usize, inner: usize, vocab: usize) -> Value {
     json!({"model_type": "gpt2", "n_layer": layers, "n_embd": hidden, "n_head": hidden / 128, "n_inner": inner,
@@ -152,25 +152,37 @@ fn data_parallel_layouts_are_the_plan_of_the_run() {
         for overlap in [Overlap::Inline, Overlap::SideThread] {
             for stage in ZeroStage::ALL {
                 for accum in [1, 4] {
-                    same_as_run_plan(&model, overlap, stage, accum);
+                    same_as_run_plan(&model, overlap, stage, accum, ActivationPolicy::Keep);
+                    same_as_run_plan(&model, overlap, stage, accum, ActivationPolicy::Recompute);
                 }
             }
         }
     }
 }
 
-fn same_as_run_plan(model: &Value, overlap: Overlap, stage: ZeroStage, accum: usize) {
+fn same_as_run_plan(
+    model: &Value,
+    overlap: Overlap,
+    stage: ZeroStage,
+    accum: usize,
+    policy: ActivationPolicy,
+) {
     let shape = RunShape {
         model: ModelConfig::from_json(model).unwrap(),
         mesh: Mesh::new(4, 1, 1).unwrap(),
         stage,
         compute_bytes: 2,
+        precision: "bf16",
+        optimizer_bytes: 8,
+        grad_bytes: 4,
         micro_batch: 3,
         seq_len: 512,
         grad_accum_steps: accum,
         overlap,
+        activations: ActivationRules::all(policy),
         frozen: Vec::new(),
         no_decay: Vec::new(),
+        grouped: Vec::new(),
     };
     let plan = RunPlan::new(shape).unwrap();
     let asked = Job {
@@ -185,11 +197,12 @@ fn same_as_run_plan(model: &Value, overlap: Overlap, stage: ZeroStage, accum: us
     };
     let found = search(&asked, &cluster(4));
     let same = |estimate: &&Estimate| {
-        estimate.layout.micro_batch == 3 && estimate.layout.recompute == Recompute::Off
+        estimate.layout.micro_batch == 3
+            && (estimate.layout.recompute == Recompute::Layers) == policy.recomputes()
     };
     let estimate = found.feasible.iter().find(same).unwrap();
     let memory = plan.memory();
-    let context = format!("{stage} {overlap:?} {accum} {}", asked.model.family());
+    let context = format!("{stage} {overlap:?} {accum} {policy:?} {}", asked.model.family());
     assert_eq!(estimate.memory.parameters, memory.state.params, "{context}");
     assert_eq!(estimate.memory.gradients, memory.state.grads, "{context}");
     assert_eq!(estimate.memory.optimizer, memory.state.master_params + memory.state.optimizer, "{context}");

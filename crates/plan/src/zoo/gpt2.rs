@@ -32,6 +32,12 @@ pub struct Gpt2Config {
     pub tie_word_embeddings: bool,
     /// Standard deviation of new weights.
     pub initializer_range: f64,
+    /// Dropout, while training, of what a block's two branches add to the residual.
+    pub resid_pdrop: f64,
+    /// Of the sum of the embeddings.
+    pub embd_pdrop: f64,
+    /// Of the attention's probabilities.
+    pub attn_pdrop: f64,
 }
 
 impl Gpt2Config {
@@ -50,9 +56,6 @@ impl Gpt2Config {
             "scores are scaled alike in every layer",
         )?;
         read.only("add_cross_attention", &[json!(false)], "only the decoder is built")?;
-        for (key, default) in [("resid_pdrop", 0.1), ("embd_pdrop", 0.1), ("attn_pdrop", 0.1)] {
-            read.no_dropout(key, default)?;
-        }
         let (n_embd, n_head) = (read.size("n_embd")?, read.size("n_head")?);
         if !n_embd.is_multiple_of(n_head) {
             return Err(invalid(
@@ -71,6 +74,9 @@ impl Gpt2Config {
             layer_norm_epsilon: read.number_or("layer_norm_epsilon", 1e-5)?,
             tie_word_embeddings: read.flag_or("tie_word_embeddings", true)?,
             initializer_range: read.number_or("initializer_range", 0.02)?,
+            resid_pdrop: read.dropout_or("resid_pdrop", 0.1)?,
+            embd_pdrop: read.dropout_or("embd_pdrop", 0.1)?,
+            attn_pdrop: read.dropout_or("attn_pdrop", 0.1)?,
         })
     }
 
@@ -131,12 +137,15 @@ impl Gpt2Config {
         normal(self.initializer_range)
     }
 
-    pub(super) fn block_activations(&self) -> LayerActivations {
+    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
         let (d, f) = (self.n_embd, self.n_inner);
         // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
         // its activation.
         let kept = 3 * d + 3 * d + d + 2 * f;
-        LayerActivations { kept, output: d, forward: d, backward: (2 * f).max(4 * d) }
+        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
+        let probabilities = if self.attn_pdrop > 0.0 { 2 * self.n_head * seq_len } else { 0 };
+        let backward = (2 * f).max(4 * d + probabilities);
+        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 
@@ -154,12 +163,14 @@ mod tests {
     }
 
     #[test]
-    fn its_default_dropout_is_refused_with_the_mend() {
-        let json = json!({"vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2});
-        let error = Gpt2Config::from_json(&json).unwrap_err().to_string();
-        assert!(
-            error.starts_with("`resid_pdrop` is `0.1`, which is not supported yet; write it as `0.0`"),
-            "{error}"
-        );
+    fn dropout_is_a_tenth_unless_the_file_says_otherwise() {
+        let mut json = json!({"vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "embd_pdrop": 0.0});
+        let config = Gpt2Config::from_json(&json).unwrap();
+        assert_eq!((config.resid_pdrop, config.embd_pdrop, config.attn_pdrop), (0.1, 0.0, 0.1));
+        for (rate, shown) in [(json!(1.0), "`1.0`"), (json!(-0.1), "`-0.1`"), (json!("no"), "`no`")] {
+            json["attn_pdrop"] = rate;
+            let error = Gpt2Config::from_json(&json).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("`attn_pdrop` is {shown}, expected a number")), "{error}");
+        }
     }
 }

@@ -42,6 +42,8 @@ pub struct LlamaConfig {
     pub mlp_bias: bool,
     /// Standard deviation of new weights.
     pub initializer_range: f64,
+    /// Dropout of the attention's probabilities while training.
+    pub attention_dropout: f64,
 }
 
 /// Llama 3's scaling of rotary frequencies.
@@ -66,7 +68,6 @@ impl LlamaConfig {
         let read = Reader(json);
         read.only("hidden_act", &[json!("silu"), json!("swish")], "the MLP is gated with `silu`")?;
         read.only("pretraining_tp", &[json!(1)], "only `1` computes what a plain matrix product does")?;
-        read.no_dropout("attention_dropout", 0.0)?;
         let hidden_size = read.size("hidden_size")?;
         let num_attention_heads = read.size("num_attention_heads")?;
         let num_key_value_heads = read.size_or("num_key_value_heads", Some(num_attention_heads))?;
@@ -106,6 +107,7 @@ impl LlamaConfig {
             attention_bias: read.flag_or("attention_bias", false)?,
             mlp_bias: read.flag_or("mlp_bias", false)?,
             initializer_range: read.number_or("initializer_range", 0.02)?,
+            attention_dropout: read.dropout_or("attention_dropout", 0.0)?,
         })
     }
 
@@ -164,14 +166,18 @@ impl LlamaConfig {
         normal(self.initializer_range)
     }
 
-    pub(super) fn block_activations(&self) -> LayerActivations {
+    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
         let (d, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         // Two normalised inputs and the residual between; q, k, v after rotation, the attention's output; gate, up and
         // their product.
         let kept = 3 * d + q + 2 * kv + q + 3 * f;
         // Backward: gradients of the MLP's three, or those of q, k, v and the attention's output with what the kernel sums in.
-        LayerActivations { kept, output: d, forward: d, backward: (3 * f).max(2 * (q + kv)) }
+        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
+        let is_dropped = self.attention_dropout > 0.0;
+        let probabilities = if is_dropped { 2 * self.num_attention_heads * seq_len } else { 0 };
+        let backward = (3 * f).max(2 * (q + kv) + probabilities);
+        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 
@@ -242,7 +248,7 @@ mod tests {
         for (key, value, expected) in [
             ("hidden_act", json!("gelu"), "`hidden_act` is `gelu`, which is not supported yet"),
             ("rope_scaling", json!({"type": "yarn"}), "`rope_scaling.rope_type` is `yarn`"),
-            ("attention_dropout", json!(0.1), "`attention_dropout` is `0.1`"),
+            ("attention_dropout", json!(1.5), "`attention_dropout` is `1.5`, expected a number from 0"),
             ("num_key_value_heads", json!(5), "`num_key_value_heads` is `5`, expected a divisor"),
             ("num_attention_heads", json!(7), "`num_attention_heads` is `7`, expected a divisor"),
             ("hidden_size", json!("big"), "`hidden_size` is `big`, expected a positive whole number"),

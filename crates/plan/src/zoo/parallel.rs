@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::ModelConfig;
-use crate::memory::LayerActivations;
+use crate::memory::{HeadShape, LayerActivations};
 use crate::tensor::SplitError;
 
 /// What tensor-parallel ranks keep between linear layers.
@@ -30,6 +30,9 @@ struct Block {
     intermediate: usize,
     /// Matrices as wide as the MLP: with a gate three, without two.
     num_mlp_matrices: usize,
+    num_heads: usize,
+    /// Whether attention drops probabilities, and so has to hold them.
+    drops_attention: bool,
 }
 
 impl ModelConfig {
@@ -42,6 +45,8 @@ impl ModelConfig {
                 num_kv_heads: config.num_key_value_heads,
                 intermediate: config.intermediate_size,
                 num_mlp_matrices: 3,
+                num_heads: config.num_attention_heads,
+                drops_attention: config.attention_dropout > 0.0,
             },
             ModelConfig::Gpt2(config) => Block {
                 hidden: config.n_embd,
@@ -50,6 +55,8 @@ impl ModelConfig {
                 num_kv_heads: config.n_head,
                 intermediate: config.n_inner,
                 num_mlp_matrices: 2,
+                num_heads: config.n_head,
+                drops_attention: config.attn_pdrop > 0.0,
             },
         }
     }
@@ -77,34 +84,46 @@ impl ModelConfig {
         std::iter::once(0).chain(blocks).chain([head]).collect()
     }
 
-    /// What each of [`ModelConfig::layers`] holds on one of `degree` tensor-parallel ranks; on one rank that is
-    /// [`ModelConfig::activations`].
-    pub fn activations_on(&self, degree: usize, sequence: SequenceParallel) -> Vec<LayerActivations> {
-        let Block { hidden: d, query, key_value, num_kv_heads, intermediate, num_mlp_matrices } =
-            self.block();
+    /// What each of [`ModelConfig::layers`] holds on one of `degree` tensor-parallel ranks while a micro-batch goes through it; on
+    /// one rank that is [`ModelConfig::activations`].
+    pub fn activations_on(
+        &self,
+        degree: usize,
+        sequence: SequenceParallel,
+        micro_batch: usize,
+        seq_len: usize,
+        compute_bytes: usize,
+    ) -> Vec<LayerActivations> {
+        let widths = self.block();
+        let d = widths.hidden;
         let share = |width: usize| width.div_ceil(degree);
-        let q = share(query);
-        let kv = key_value / num_kv_heads * num_kv_heads.div_ceil(degree);
-        let mlp = num_mlp_matrices * share(intermediate);
+        let q = share(widths.query);
+        let kv = widths.key_value / widths.num_kv_heads * widths.num_kv_heads.div_ceil(degree);
+        let mlp = widths.num_mlp_matrices * share(widths.intermediate);
+        let probabilities = if widths.drops_attention { 2 * share(widths.num_heads) * seq_len } else { 0 };
         let between = match sequence {
             SequenceParallel::Off => d,
             SequenceParallel::On => share(d),
         };
         // Two normalised inputs and the residual; q, k, v and the attention's output; the MLP's own.
-        let kept = 3 * between + 2 * q + 2 * kv + mlp;
-        let backward = match self {
-            ModelConfig::Llama(_) => mlp.max(2 * (q + kv)),
-            ModelConfig::Gpt2(_) => mlp.max(4 * q),
+        let kept = 3 * between + 2 * q + 2 * kv + mlp + probabilities;
+        let attention = match self {
+            ModelConfig::Llama(_) => 2 * (q + kv),
+            ModelConfig::Gpt2(_) => 4 * q,
         };
         // Split tokens are gathered for a linear layer, and again for its backward.
         let gathered = if between < d { d } else { 0 };
-        let block = LayerActivations { kept, output: between, forward: d, backward: backward + gathered };
+        let backward = mlp.max(attention + probabilities) + gathered;
+        let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
         let embedding = LayerActivations { output: between, ..LayerActivations::default() };
-        let head = LayerActivations {
-            kept: between + share(self.vocab_size()),
-            forward: gathered,
-            ..LayerActivations::default()
+        let shape = HeadShape {
+            num_rows: micro_batch * seq_len,
+            width: d,
+            num_classes: share(self.vocab_size()),
+            element_bytes: compute_bytes,
         };
+        let fixed = shape.needed(shape.chunk_rows()).0 as usize / compute_bytes.max(1);
+        let head = LayerActivations { kept: between, forward: d, fixed, ..LayerActivations::default() };
         let blocks = std::iter::repeat_n(block, self.num_blocks());
         std::iter::once(embedding).chain(blocks).chain([head]).collect()
     }
@@ -128,8 +147,7 @@ mod tests {
         let llama = json!({"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192,
                            "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
                            "attention_bias": true});
-        let gpt2 = json!({"model_type": "gpt2", "vocab_size": 1001, "n_embd": 64, "n_layer": 3, "n_head": 8,
-                          "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0});
+        let gpt2 = json!({"model_type": "gpt2", "vocab_size": 1001, "n_embd": 64, "n_layer": 3, "n_head": 8});
         [llama, gpt2].map(|json| ModelConfig::from_json(&json).unwrap())
     }
 
@@ -137,7 +155,8 @@ mod tests {
     fn one_rank_holds_what_a_rank_alone_holds() {
         for model in models() {
             for sequence in [SequenceParallel::Off, SequenceParallel::On] {
-                assert_eq!(model.activations_on(1, sequence), model.activations());
+                let alone = model.activations_on(1, sequence, 3, 256, 2);
+                assert_eq!(alone, model.activations(3, 256, 2));
             }
         }
     }
@@ -145,7 +164,7 @@ mod tests {
     #[test]
     fn ranks_share_what_is_cut() {
         let [llama, _] = models();
-        let block = |degree, sequence| llama.activations_on(degree, sequence)[1];
+        let block = |degree, sequence| llama.activations_on(degree, sequence, 1, 256, 2)[1];
         let (one, four) = (block(1, SequenceParallel::Off), block(4, SequenceParallel::Off));
         // 2 key and value heads of width 8: each of 4 ranks has one.
         assert_eq!(one.kept, 3 * 64 + 2 * 64 + 2 * 16 + 3 * 192);
