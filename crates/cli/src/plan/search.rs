@@ -101,7 +101,10 @@ impl Answer {
             ),
         };
         if !feasible.is_empty() {
-            let rows: Vec<_> = headings().into_iter().chain(feasible.iter().take(top).map(row)).collect();
+            let shown = &feasible[..top.min(feasible.len())];
+            let unit = Unit::for_sizes_to(shown.iter().map(|estimate| estimate.memory.total()).max());
+            let rows = shown.iter().map(|estimate| row(estimate, unit));
+            let rows: Vec<_> = headings(unit).into_iter().chain(rows).collect();
             text += &table(&rows, 1);
             text += &more(feasible.len(), top);
         }
@@ -141,7 +144,35 @@ impl Answer {
     }
 }
 
-fn headings() -> [Vec<String>; 2] {
+/// What a column of bytes counts in.
+#[derive(Debug, Clone, Copy)]
+enum Unit {
+    Mib,
+    Gib,
+}
+
+impl Unit {
+    /// The unit in which the largest of some sizes has few digits.
+    fn for_sizes_to(largest: Option<Bytes>) -> Self {
+        if largest.is_some_and(|bytes| bytes.mib() < 8192.0) { Unit::Mib } else { Unit::Gib }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Unit::Mib => "MiB:",
+            Unit::Gib => "GiB:",
+        }
+    }
+
+    fn count(self, bytes: Bytes) -> String {
+        match self {
+            Unit::Mib => format!("{:.0}", bytes.mib()),
+            Unit::Gib => format!("{:.1}", bytes.mib() / 1024.0),
+        }
+    }
+}
+
+fn headings(unit: Unit) -> [Vec<String>; 2] {
     let axes = ["pipe", "data", "tensor"];
     let layout = ["schedule", axes[0], axes[1], axes[2], "ZeRO", "batch", "recompute"];
     let memory = ["params", "grads", "optim", "activ", "buffers", "total"];
@@ -149,21 +180,21 @@ fn headings() -> [Vec<String>; 2] {
         let blanks = std::iter::repeat_n(String::new(), names.len() - 1);
         std::iter::once(above.to_owned()).chain(blanks).collect::<Vec<_>>()
     };
-    let first = [above("", &layout), above("GiB:", &memory), above("sent:", &axes), above("", &["", ""])];
+    let first =
+        [above("", &layout), above(unit.name(), &memory), above("sent:", &axes), above("", &["", ""])];
     let second = layout.into_iter().chain(memory).chain(axes).chain(["bubble", "step"]);
     [first.concat(), second.map(str::to_owned).collect()]
 }
 
-fn row(estimate: &Estimate) -> Vec<String> {
+fn row(estimate: &Estimate, unit: Unit) -> Vec<String> {
     let Estimate { layout, memory, traffic, bubble, step_s, .. } = estimate;
     let Layout { mesh, stage, schedule, micro_batch, num_microbatches, recompute } = layout;
-    let gib = |bytes: Bytes| format!("{:.1}", bytes.mib() / 1024.0);
     let mut row = vec![schedule.map_or("-".to_owned(), |schedule| schedule.to_string())];
     row.extend([Axis::Pipeline, Axis::Data, Axis::Tensor].map(|axis| mesh.degree(axis).to_string()));
     row.extend([stage.to_string(), format!("{num_microbatches}x{micro_batch}"), name(*recompute).to_owned()]);
-    row.extend(memory.kinds().map(|(_, bytes)| gib(bytes)));
-    row.push(gib(memory.total()));
-    row.extend([traffic.pipeline, traffic.data, traffic.tensor].map(gib));
+    row.extend(memory.kinds().map(|(_, bytes)| unit.count(bytes)));
+    row.push(unit.count(memory.total()));
+    row.extend([traffic.pipeline, traffic.data, traffic.tensor].map(|bytes| unit.count(bytes)));
     row.extend([format!("{:.1}%", 100.0 * bubble), format!("{} s", significant(*step_s))]);
     row
 }
