@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::plan::args::{PipelineArgs, SearchArgs};
+
 const EXAMPLES: &str = "\
 Examples:
   shardwise check run.toml -n 4                   what this run file means, value by value
@@ -75,6 +77,8 @@ pub struct TrainArgs {
 Examples:
   shardwise plan run.toml -n 4
   shardwise plan run.toml -n 64 --set deepspeed.zero_optimization.stage=3
+  shardwise plan run.toml -n 4 --pipeline 4 --schedule zero-bubble --svg timeline.svg
+  shardwise plan run.toml --ranks 1024 --device-memory 80GB --flops 400T --link 25GB/s --intra-link 300GB/s
 
 Reads the run file and the model's config.json; data and weights need not be at hand.")]
 pub struct PlanArgs {
@@ -83,6 +87,10 @@ pub struct PlanArgs {
     /// Print JSON, with every parameter of every unit
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub search: SearchArgs,
 }
 
 #[derive(Debug, Args)]
@@ -143,6 +151,9 @@ mod tests {
             "shardwise train r.json -n 4 --set a.b=c --set d= --out x --overwrite",
             "shardwise check r.toml -n 4096",
             "shardwise plan r.toml -n 64 --set a.b=c --json",
+            "shardwise plan r.toml -n 4 --pipeline 4 --schedule --svg t.svg",
+            "shardwise plan r.toml -n 4 --pipeline 4 --schedule interleaved:3 --micro-batches 8 --cut pattern:*.h.*",
+            "shardwise plan r.toml --ranks 1024 --device-memory 80GB --flops 400T --link 25GB/s --intra-link 300GB/s",
             "shardwise generate d --prompt x --temperature 0 --top-k 5 --seed 7 --max-tokens 1",
         ] {
             assert!(parse(good).is_ok(), "{good}");
@@ -153,6 +164,11 @@ mod tests {
             "shardwise train r.json -n -1",
             "shardwise train r.json --set novalue",
             "shardwise train r.json --set =value",
+            "shardwise plan r.json --svg t.svg",
+            "shardwise plan r.json --flops 400T",
+            "shardwise plan r.json --schedule 2f2b",
+            "shardwise plan r.json --device-memory lots",
+            "shardwise plan r.json --schedule --device-memory 80GB --svg t.svg",
             "shardwise generate d",
             "shardwise generate d --prompt x --temperature nan",
             "shardwise generate d --prompt x --temperature=-1",

@@ -1,25 +1,68 @@
 //! `shardwise plan`: what a run needs, before anything is allocated.
 
+pub mod args;
+mod groups;
+mod quantity;
+mod schedule;
+mod search;
+mod table;
+
+use anyhow::Context;
+use serde::Serialize;
 use shardwise_monitor::format_count;
 use shardwise_plan::run::{RunPlan, RunShape};
 use shardwise_plan::{Axis, Overlap, UnitLayout};
 
 use crate::args::PlanArgs;
+use crate::console::UsageError;
+use crate::plan::schedule::Timeline;
+use crate::plan::search::Answer;
 use crate::{Exit, console, run_file};
 
-/// Prints the plan of the run.
+/// Prints the plan of the run: of the layout that the run file gives, of its pipeline, or of all layouts that there are.
 pub fn run(args: &PlanArgs) -> anyhow::Result<Exit> {
     let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let plan = run_file::load(&args.run)?.config.plan(num_cores)?;
-    let text =
-        if args.json { format!("{}\n", serde_json::to_string_pretty(&plan)?) } else { describe(&plan) };
+    let config = run_file::load(&args.run)?.config;
+    let plan = config.plan(num_cores)?;
+    let text = if let Some(device_memory) = args.search.device_memory {
+        let answer = Answer::new(&config, &plan, device_memory, &args.pipeline, &args.search);
+        if args.json { pretty(&answer.json())? } else { answer.describe(args.search.top as usize) }
+    } else if let Some(kind) = args.pipeline.schedule {
+        let timeline = Timeline::new(&plan.shape, config.batch.global_batch_size, kind, &args.pipeline)?;
+        if let Some(file) = &args.pipeline.svg {
+            let write = std::fs::write(file, timeline.svg());
+            write.with_context(|| format!("could not write `{}`", file.display()))?;
+        }
+        if args.json { pretty(&timeline.json())? } else { timeline.describe() }
+    } else if args.pipeline.pipeline.is_some()
+        || args.pipeline.tensor.is_some()
+        || args.pipeline.cut.is_some()
+    {
+        let message = "`--pipeline`, `--tensor` and `--cut` are for `--schedule` and `--device-memory`";
+        return Err(UsageError::new(
+            message,
+            "give `parallel.pipeline` and `parallel.tensor` in the run file",
+        )
+        .into());
+    } else if args.json {
+        pretty(&plan)?
+    } else {
+        describe(&plan)
+    };
     console::print_result(&text)?;
     Ok(Exit::Done)
 }
 
+fn pretty(value: &impl Serialize) -> serde_json::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
 fn describe(plan: &RunPlan) -> String {
     let stage = plan.shape.stage;
-    let mut text = format!("{}\n{}\n", headlines(plan), unit_table(&plan.units));
+    let mut text = headlines(plan);
+    let groups = groups::describe(&plan.shape.mesh);
+    text += &if groups.is_empty() { groups } else { format!("\n{groups}") };
+    text += &format!("\n{}\n", unit_table(&plan.units));
     text += &format!("memory of each rank, ZeRO stage {stage}\n{}\n", indented(plan.memory()));
     text += "\npeak in the other stages\n";
     for memory in plan.memory.iter().filter(|memory| memory.stage != stage) {
@@ -35,15 +78,13 @@ fn describe(plan: &RunPlan) -> String {
 }
 
 fn headlines(plan: &RunPlan) -> String {
-    let RunShape {
-        model, mesh, stage, compute_bytes, micro_batch, seq_len, grad_accum_steps, overlap, ..
-    } = &plan.shape;
+    let RunShape { model, mesh, stage, precision, micro_batch, seq_len, grad_accum_steps, overlap, .. } =
+        &plan.shape;
     let trained = match plan.num_params - plan.num_trained {
         0 => String::new(),
         frozen => format!(", {} of them frozen", format_count(frozen as u64)),
     };
     let [pipeline, data, tensor] = [Axis::Pipeline, Axis::Data, Axis::Tensor].map(|axis| mesh.degree(axis));
-    let precision = if *compute_bytes == 2 { "bf16" } else { "fp32" };
     let overlap = match overlap {
         Overlap::Inline => "in turn with computation",
         Overlap::SideThread => "beside computation",

@@ -108,3 +108,125 @@ fn what_cannot_be_planned_is_bad_configuration() {
         assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0));
     }
 }
+
+/// The value after a word at the start of a line.
+fn after<'a>(shown: &'a str, word: &str) -> &'a str {
+    let line = shown.lines().find_map(|line| line.strip_prefix(word));
+    line.unwrap_or_else(|| panic!("no `{word}` in\n{shown}")).trim()
+}
+
+#[test]
+fn a_schedule_is_drawn_as_text_and_as_an_image() {
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("timeline.svg");
+    let output = plan(RUN, &["-n", "4", "--pipeline", "2", "--schedule", "--svg", image.to_str().unwrap()]);
+    assert_eq!(text(&output.stderr), "");
+    let shown = text(&output.stdout);
+    // 4 samples x 2 micro-batches x 4 ranks, over 2 replicas.
+    assert_eq!(after(&shown, "schedule"), "1f1b, 2 stages, 4 micro-batches");
+    assert!(after(&shown, "bubble").starts_with("20.0% "), "{shown}");
+    for line in [
+        "  pipeline  [0 2] [1 3]",
+        "  data      [0 1] [2 3]",
+        "0      model.embed_tokens .. model.layers.4  20,255,744       54.0%      2",
+        "1      model.layers.5 .. lm_head             13,831,680       46.0%      1",
+        "stage 0   F0 F1 .  .  B0 -- F2 B1 -- F3 B2 -- .  B3 --",
+        "stage 1   .  F0 B0 -- F1 B1 -- F2 B2 -- F3 B3 -- .  .",
+    ] {
+        assert!(shown.lines().any(|shown| shown == line), "no line `{line}` in\n{shown}");
+    }
+    let drawn = std::fs::read_to_string(image).unwrap();
+    assert!(drawn.starts_with("<svg ") && drawn.contains("1f1b: 2 stages, 4 micro-batches, bubble 20.0%"));
+}
+
+#[test]
+fn a_schedule_as_json_has_its_text_form() {
+    let set = "model.config.tie_word_embeddings=true";
+    let args = [
+        "-n",
+        "2",
+        "--pipeline",
+        "2",
+        "--schedule",
+        "zero-bubble",
+        "--micro-batches",
+        "2",
+        "--json",
+        "--set",
+        set,
+    ];
+    let json: Value = serde_json::from_slice(&plan(RUN, &args).stdout).unwrap();
+    let schedule = json["schedule"].as_str().unwrap();
+    assert!(
+        schedule.starts_with("stages 2 chunks 1 microbatches 2\n0: F0 F0>1 F1 F1>1 B0<1 I0 W0 "),
+        "{schedule}"
+    );
+    assert_eq!(json["shared"][0]["name"], "model.embed_tokens.weight");
+    assert_eq!(json["peak_activations"], serde_json::json!([2, 2]));
+}
+
+#[test]
+fn layouts_of_many_ranks_are_listed_best_first() {
+    let args = ["-n", "16", "--device-memory", "1GB", "--reserve", "0", "--top", "3"];
+    let shown = text(&plan(RUN, &args).stdout);
+    assert!(after(&shown, "rates").starts_with("400 Tflop/s, 25 GB/s between hosts, 300 GB/s within"));
+    assert!(
+        shown.contains(" layouts fit, fastest first\n")
+            && shown.contains(" more: `--top N`, or `--json` for all\n")
+    );
+    assert!(shown.contains(
+        "  tensor 16: the `8` heads of `model.layers.0.self_attn.q_proj.weight` cannot be cut over `16`"
+    ));
+    let json: Value = serde_json::from_slice(&plan(RUN, &[&args[..6], &["--json"]].concat()).stdout).unwrap();
+    let steps: Vec<_> =
+        json["feasible"].as_array().unwrap().iter().map(|e| e["step_s"].as_f64().unwrap()).collect();
+    assert!(steps.len() > 100 && steps.is_sorted());
+    let tight =
+        text(&plan(RUN, &["-n", "2", "--device-memory", "100MB", "--pipeline", "1", "--tensor", "1"]).stdout);
+    assert!(tight.contains("\nnone of "), "{tight}");
+    assert!(tight.contains("  pipeline 1 x data 2 x tensor 1  ZeRO 3, micro-batch 1, recompute"), "{tight}");
+    assert!(tight.contains(" over  buffers "), "what is reserved alone is too much\n{tight}");
+}
+
+#[test]
+fn a_trillion_parameters_on_1024_ranks_have_layouts() {
+    let sizes = "{\"model_type\": \"gpt2\", \"vocab_size\": 51200, \"n_embd\": 25600, \"n_layer\": 128, \"n_head\": 160, \
+                 \"n_positions\": 2048, \"resid_pdrop\": 0, \"embd_pdrop\": 0, \"attn_pdrop\": 0}";
+    let set = format!("model.config={sizes}");
+    let rates = ["--flops", "400T", "--link", "25GB/s", "--intra-link", "300GB/s"];
+    let args = [&["--ranks", "1024", "--device-memory", "80GB", "--set", &set][..], &rates[..]].concat();
+    let shown = text(&plan(RUN, &args).stdout);
+    assert_eq!(after(&shown, "model"), "gpt2, 1,008,038,758,400 parameters");
+    assert!(shown.contains("  pipe  data  tensor  ZeRO  "), "{shown}");
+    assert!(shown.contains("  tensor 64 and 4 more: the `160` heads"), "{shown}");
+}
+
+#[test]
+fn pipelines_that_cannot_be_are_bad_usage() {
+    for (args, expected) in [
+        (
+            &["--pipeline", "2"][..],
+            "error: `--pipeline`, `--tensor` and `--cut` are for `--schedule` and `--device-memory`\nhint: ",
+        ),
+        (
+            &["--schedule", "--pipeline", "3"],
+            "error: `16` ranks cannot be split into pipeline `3` x tensor `1`",
+        ),
+        (&["--schedule", "--pipeline", "16"], "error: `10` layers cannot be cut into `16` parts"),
+        (
+            &["--schedule", "--tensor", "16"],
+            "error: the `8` heads of `model.layers.0.self_attn.q_proj.weight` cannot be cut",
+        ),
+        (
+            &["--schedule", "interleaved", "--pipeline", "4", "--micro-batches", "3"],
+            "error: `3` micro-batches do not fill `4` interleaved stages, expected at least `4`",
+        ),
+        (&["--schedule", "--svg", "no/such/folder.svg"], "error: could not write `no/such/folder.svg`: "),
+    ] {
+        let output = plan(RUN, &[&["-n", "16"], args].concat());
+        let shown = text(&output.stderr);
+        assert!(shown.starts_with(expected), "{shown}");
+        let code = if shown.contains("could not write") { 1 } else { 2 };
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(code), 0), "{shown}");
+    }
+}

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::effective::{Note, NoteKind};
 use crate::error::ConfigError;
 use crate::json;
-use crate::schema::{Fate, Key, Kind, Schema, Unset};
+use crate::schema::{Fate, Key, Kind, Schema, Unset, general};
 use crate::value::{Data, Origin, Value, join};
 
 /// The batch sizes: the only keys where `"auto"` may be worked out.
@@ -97,6 +97,15 @@ impl Checked {
         if let (Kind::Group | Kind::TextOrGroup, Data::Object(members)) = (key.kind, &value.data) {
             self.members(members, &typed, &path);
         }
+        if let (Kind::Groups, Data::List(items)) = (key.kind, &value.data) {
+            for (i, item) in items.iter().enumerate() {
+                if let Data::Object(members) = &item.data {
+                    self.members(members, &format!("{typed}[{i}]"), &format!("{path}[{i}]"));
+                    let setting = Setting { value: item.clone(), key: format!("{typed}[{i}]") };
+                    self.set.insert(format!("{path}[{i}]"), setting);
+                }
+            }
+        }
         self.set.insert(path, Setting { value: value.clone(), key: typed });
     }
 
@@ -143,15 +152,22 @@ impl Checked {
         let mut missing = Vec::new();
         for (path, key) in self.schema.iter() {
             let Unset::Required(hint) = key.default else { continue };
-            let group = path.rsplit_once('.').map_or("", |(group, _)| group);
-            let at = match self.set.get(group) {
-                _ if self.set.contains_key(path) || self.bad.contains(path) => continue,
-                Some(group) if matches!(group.value.data, Data::Object(_)) => &group.value.at,
-                None if group.is_empty() => root,
-                _ => continue,
-            };
-            let (at, key) = (at.clone(), at.key(path));
-            missing.push(ConfigError::Missing { at, key, hint: hint.to_string() });
+            let (group, name) = path.rsplit_once('.').unwrap_or(("", path));
+            // A list of groups has as many places for the key as members.
+            let groups = self.set.iter().filter(|(set, _)| general(set) == group);
+            let groups = groups.filter(|(_, setting)| matches!(setting.value.data, Data::Object(_)));
+            let mut places: Vec<_> =
+                groups.map(|(path, setting)| (path.as_str(), &setting.value.at)).collect();
+            if group.is_empty() {
+                places.push(("", root));
+            }
+            for (group, at) in places {
+                let path = join(group, name);
+                if !self.set.contains_key(&path) && !self.bad.contains(&path) {
+                    let (at, key) = (at.clone(), at.key(&path));
+                    missing.push(ConfigError::Missing { at, key, hint: hint.to_string() });
+                }
+            }
         }
         self.errors.extend(missing);
     }
@@ -201,6 +217,7 @@ pub(crate) fn matches(kind: Kind, value: &Value) -> bool {
         (Kind::Int(min, max), _) => {
             value.whole().is_some_and(|n| (i128::from(min)..=i128::from(max)).contains(&n))
         }
+        (Kind::Between(min, max), _) => value.number().is_some_and(|n| (min..=max).contains(&n)),
         (Kind::AtLeast(min), _) => value.number().is_some_and(|n| n >= min),
         (Kind::Above(min), _) => value.number().is_some_and(|n| n > min),
         (Kind::Within(min, max), _) => value.number().is_some_and(|n| (min..max).contains(&n)),
@@ -208,6 +225,7 @@ pub(crate) fn matches(kind: Kind, value: &Value) -> bool {
         (Kind::Text | Kind::TextOrTexts | Kind::TextOrGroup, Data::Text(_)) => true,
         (Kind::TextOrTexts, Data::List(items)) => !items.is_empty() && texts(items),
         (Kind::Texts, Data::List(items)) => texts(items),
+        (Kind::Groups, Data::List(items)) => items.iter().all(|item| matches!(item.data, Data::Object(_))),
         (Kind::Betas, Data::List(items)) => {
             items.len() == 2 && items.iter().all(|item| matches(Kind::Within(0.0, 1.0), item))
         }

@@ -72,6 +72,8 @@ pub struct Note {
 pub enum NoteKind {
     /// A default that users may not expect.
     Default,
+    /// The setting does something that users may not expect.
+    Remark,
     /// The setting changes nothing.
     NoEffect,
     /// The setting asks for what is done in any case.
@@ -153,7 +155,9 @@ impl fmt::Display for Effective {
         for note in &self.notes {
             let key = match note.kind {
                 NoteKind::Default => format!("`{}` is not set", note.key),
-                NoteKind::NoEffect | NoteKind::AsAlways => format!("`{}` ({})", note.key, note.source),
+                NoteKind::Remark | NoteKind::NoEffect | NoteKind::AsAlways => {
+                    format!("`{}` ({})", note.key, note.source)
+                }
             };
             match lines.iter_mut().find(|(kind, reason, _)| (*kind, *reason) == (note.kind, &note.reason)) {
                 Some((_, _, keys)) => keys.push(key),
@@ -163,7 +167,7 @@ impl fmt::Display for Effective {
         lines.sort_by_key(|(kind, _, _)| *kind);
         for (kind, reason, keys) in lines {
             let kind = match kind {
-                NoteKind::Default => "",
+                NoteKind::Default | NoteKind::Remark => "",
                 NoteKind::NoEffect => "no effect: ",
                 NoteKind::AsAlways => "as always: ",
             };

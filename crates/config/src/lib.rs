@@ -33,11 +33,7 @@ pub use effective::{Effective, EffectiveValue, Note, NoteKind};
 pub use error::{ConfigError, ConfigErrors};
 pub use load::Loaded;
 pub use planning::ModelDescription;
-pub use run_config::{
-    AdamWConfig, BatchConfig, CommOverlap, DataConfig, DataSource, Device, ModelConfig, ModelSource,
-    Optimizer, ParallelConfig, Precision, ReportConfig, RunConfig, SampleOrder, TokenDType, TokenizerSource,
-    TrainConfig, ZeroConfig,
-};
-pub use schedule::{LrSchedule, WarmupCurve};
-pub use shardwise_plan::{NamePattern, Overlap, ZeroStage};
+pub use run_config::*;
+pub use schedule::{LrSchedule, MomentumCycle, Rise, WarmupCurve};
+pub use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, Overlap, ZeroStage};
 pub use value::{Origin, SourceFile};

@@ -11,7 +11,7 @@ use shardwise_plan::zoo::{self, ModelConfigError};
 use shardwise_plan::{Mesh, Overlap};
 
 use crate::error::{ConfigError, ConfigErrors};
-use crate::run_config::{CommOverlap, DataSource, ModelSource, Precision, RunConfig, TokenizerSource};
+use crate::run_config::{CommOverlap, DataSource, ModelSource, RunConfig, TokenizerSource};
 use crate::value::{Origin, SourceFile};
 
 /// A model as described, not yet built.
@@ -49,16 +49,18 @@ impl RunConfig {
             model,
             mesh: mesh.map_err(|error| misfit(error.into()))?,
             stage: self.zero.stage,
-            compute_bytes: match self.precision {
-                Precision::Fp32 => 4,
-                Precision::Bf16 => 2,
-            },
+            compute_bytes: self.precision.float_type().size_bytes(),
+            precision: self.precision.name(),
+            optimizer_bytes: self.optimizer.num_states() * self.optimizer_state_dtype.size_bytes(),
+            grad_bytes: self.reduction.accumulation.size_bytes(),
+            activations: self.activations.to_rules(),
             micro_batch: self.batch.micro_batch,
             seq_len: self.data.seq_len,
             grad_accum_steps: self.batch.grad_accum_steps,
-            overlap: self.overlap(num_cores, self.threads(num_cores)),
+            overlap: self.overlap(num_cores, self.threads(None, num_cores)),
             frozen: self.train.frozen.clone(),
             no_decay: self.train.no_decay.clone(),
+            grouped: self.train.groups.iter().flat_map(|group| &group.patterns).cloned().collect(),
         };
         shape.check().map_err(misfit)?;
         Ok(shape)
@@ -94,11 +96,6 @@ impl RunConfig {
             Some(tokens) if tokens > vocab_size => Err(ConfigError::TokenizerTooLarge { tokens, vocab_size }),
             _ => Ok(ModelDescription { config, json }),
         }
-    }
-
-    /// Threads of each rank: as configured, or an even share of `num_cores`, but at least one.
-    pub fn threads(&self, num_cores: usize) -> usize {
-        self.threads_per_rank.unwrap_or_else(|| num_cores / self.parallel.world_size).max(1)
     }
 
     /// Where collectives run on a host of `num_cores`. Left to the engine, on a side thread if each rank has a core for one

@@ -4,6 +4,7 @@
 //! it. Every refusal, note and "did you mean" comes from them. To support another key later, change its [`Fate`] to
 //! [`Fate::Used`] and read it where the [`crate::RunConfig`] is assembled.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use crate::keys;
@@ -30,6 +31,8 @@ pub(crate) enum Kind {
     Above(f64),
     /// A number in a range, the upper end excluded.
     Within(f64, f64),
+    /// A number in a range, both ends included.
+    Between(f64, f64),
     Text,
     /// One of these words, in any case.
     Choice(&'static [&'static str]),
@@ -40,6 +43,8 @@ pub(crate) enum Kind {
     /// An object whose members have rows of their own.
     Group,
     TextOrGroup,
+    /// A list of objects whose members have rows of their own, below the path with `[]`.
+    Groups,
     /// An object that is passed on as it is.
     Object,
     Any,
@@ -69,8 +74,8 @@ pub(crate) enum Fate {
     Always(&'static [&'static str], &'static str),
     /// Any value is taken, and a note says why it changes nothing.
     NoEffect(&'static str),
-    /// A parameter of another optimizer or scheduler, named here.
-    BelongsTo(&'static str),
+    /// A parameter of the optimizers or schedulers named here; beside another one it is refused.
+    BelongsTo(&'static [&'static str]),
     /// Refused, whatever the value.
     Refused(&'static str),
     /// A member of a group that is refused as a whole.
@@ -103,21 +108,31 @@ impl Kind {
             Kind::Above(f64::NEG_INFINITY) => "a number".to_string(),
             Kind::Above(min) => format!("a number above {min}"),
             Kind::Within(min, max) => format!("a number of at least {min} and below {max}"),
+            Kind::Between(min, max) => format!("a number from {min} to {max}"),
             Kind::Text => "text".to_string(),
-            Kind::Choice(words) => {
-                let words: Vec<_> = words.iter().map(|word| format!("`\"{word}\"`")).collect();
-                match words.split_last() {
-                    Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
-                    _ => words.join(""),
-                }
-            }
+            Kind::Choice(words) => one_of(&quoted(words)),
             Kind::Texts => "a list of texts".to_string(),
             Kind::TextOrTexts => "text or a list of texts".to_string(),
             Kind::Betas => "two numbers of at least 0 and below 1".to_string(),
+            Kind::Groups => "a list of objects".to_string(),
             Kind::Group | Kind::Object => "an object".to_string(),
             Kind::TextOrGroup => "text or an object".to_string(),
             Kind::Any => "any value".to_string(),
         }
+    }
+}
+
+/// Words as messages show values that are text.
+pub(crate) fn quoted(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| format!("`\"{word}\"`")).collect()
+}
+
+/// "a, b or c".
+pub(crate) fn one_of<T: AsRef<str>>(words: &[T]) -> String {
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
+    match words.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+        _ => words.concat(),
     }
 }
 
@@ -141,7 +156,7 @@ impl Schema {
     }
 
     pub fn key(&self, path: &str) -> Option<&'static Key> {
-        self.keys.get(path).copied()
+        self.keys.get(general(path).as_ref()).copied()
     }
 
     /// The path of the key that `path` is another name of, or `path` itself.
@@ -157,13 +172,14 @@ impl Schema {
     /// A known key that `name` inside `group` may stand for: a sibling spelled alike, or else the only key of
     /// that name anywhere.
     pub fn suggest(&self, group: &str, name: &str) -> Option<String> {
+        let group = general(group);
         let settable = || {
             self.iter()
                 .filter(|(_, key)| !matches!(key.fate, Fate::Misplaced(_)))
                 .map(|(path, _)| split(path))
         };
         let sibling = settable()
-            .filter(|(parent, _)| *parent == group)
+            .filter(|(parent, _)| *parent == group.as_ref())
             .map(|(_, sibling)| (strsim::normalized_damerau_levenshtein(name, sibling), sibling))
             .max_by(|a, b| a.0.total_cmp(&b.0))
             .filter(|(likeness, _)| *likeness >= 0.6);
@@ -176,6 +192,19 @@ impl Schema {
             _ => None,
         }
     }
+}
+
+/// The path as the tables have it: `a[0].b` and `a[1].b` are `a[].b`.
+pub(crate) fn general(path: &str) -> Cow<'_, str> {
+    if !path.contains('[') {
+        return Cow::Borrowed(path);
+    }
+    let mut inside = false;
+    let kept = path.chars().filter(|&c| {
+        inside = (inside || c == '[') && c != ']';
+        !inside || c == '['
+    });
+    Cow::Owned(kept.collect())
 }
 
 /// A path's group and its last part.

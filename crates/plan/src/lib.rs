@@ -7,28 +7,37 @@
 //! |---|---|
 //! | [`mesh`] | which rank is where on the pipeline, data and tensor axes? |
 //! | [`param`] | what parameters does a layer have, and how are they born? |
+//! | [`tensor`] | how is a parameter cut over the ranks of a tensor group? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
-//! | [`schedule`] | in what order does a rank run forward, backward and step? |
+//! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
+//! | [`pipeline`] | which layers does a pipeline stage hold, and in what order does it run them? |
+//! | [`activations`] | what becomes of a layer's activations until its backward? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`run`] | all of that for one run |
+//! | [`planner`] | which layout of many ranks fits their memory, and which is fastest? |
 //! | [`zoo`] | what layers does a Hugging Face `config.json` describe? |
 
 #![forbid(unsafe_code)]
 
+pub mod activations;
 mod bytes;
 pub mod layout;
 pub mod memory;
 pub mod mesh;
 pub mod param;
 pub mod pattern;
+pub mod pipeline;
+pub mod planner;
 pub mod run;
 pub mod schedule;
 mod stage;
+pub mod tensor;
 pub mod traffic;
 pub mod zoo;
 
+pub use activations::{ActivationPolicy, ActivationRules};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use mesh::{Axis, Coordinates, Mesh};
@@ -36,3 +45,4 @@ pub use param::{Init, LayerSpec, ParamSpec};
 pub use pattern::NamePattern;
 pub use schedule::Overlap;
 pub use stage::ZeroStage;
+pub use tensor::{SplitUnits, TensorSplit};

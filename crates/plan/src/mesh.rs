@@ -112,6 +112,19 @@ impl Mesh {
             })
             .collect()
     }
+
+    /// All groups along `axis`, in order of their first ranks.
+    pub fn groups(&self, axis: Axis) -> Vec<Vec<usize>> {
+        let is_first = |&rank: &usize| {
+            let Coordinates { pipeline, data, tensor } = self.coordinates(rank);
+            0 == match axis {
+                Axis::Pipeline => pipeline,
+                Axis::Data => data,
+                Axis::Tensor => tensor,
+            }
+        };
+        (0..self.world_size()).filter(is_first).map(|rank| self.group(rank, axis)).collect()
+    }
 }
 
 #[cfg(test)]
@@ -126,6 +139,7 @@ mod tests {
         assert_eq!(mesh.group(1, Axis::Tensor), [0, 1]);
         assert_eq!(mesh.group(1, Axis::Data), [1, 3]);
         assert_eq!(mesh.group(1, Axis::Pipeline), [1, 5]);
+        assert_eq!(mesh.groups(Axis::Data), [[0, 2], [1, 3], [4, 6], [5, 7]]);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::tensor::TensorSplit;
+
 /// How a parameter's elements are born when no file provides them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub enum Init {
@@ -32,13 +34,16 @@ pub struct ParamSpec {
     pub shape: Vec<usize>,
     /// How it is born.
     pub init: Init,
+    /// How it is cut over tensor-parallel ranks; without, every rank has it whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<TensorSplit>,
 }
 
 impl ParamSpec {
     /// The parameter `key` of the layer `layer`.
     pub fn new(layer: &str, key: &str, shape: &[usize], init: Init) -> Self {
         let name = if layer.is_empty() { key.to_owned() } else { format!("{layer}.{key}") };
-        ParamSpec { name, key: key.to_owned(), shape: shape.to_vec(), init }
+        ParamSpec { name, key: key.to_owned(), shape: shape.to_vec(), init, split: None }
     }
 
     /// Elements.

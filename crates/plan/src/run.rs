@@ -7,7 +7,7 @@ use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads}
 use crate::mesh::MeshError;
 use crate::traffic::Traffic;
 use crate::zoo::ModelConfig;
-use crate::{Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
+use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -20,6 +20,12 @@ pub struct RunShape {
     pub stage: ZeroStage,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// What that type is called: `fp32`, `bf16` or `fp16`.
+    pub precision: &'static str,
+    /// Bytes of the optimizer's states of one element; 8 for AdamW in fp32.
+    pub optimizer_bytes: usize,
+    /// Bytes of an element of a sum of gradients; 4 in fp32.
+    pub grad_bytes: usize,
     /// Samples of one micro-batch of one rank.
     pub micro_batch: usize,
     /// Tokens of one sample.
@@ -28,10 +34,14 @@ pub struct RunShape {
     pub grad_accum_steps: usize,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
+    /// What becomes of activations between forward and backward.
+    pub activations: ActivationRules,
     /// Parameters that are not trained.
     pub frozen: Vec<NamePattern>,
     /// Parameters without weight decay.
     pub no_decay: Vec<NamePattern>,
+    /// Parameters with a learning rate or weight decay of their own, all groups in one list.
+    pub grouped: Vec<NamePattern>,
 }
 
 /// Why a run cannot go as asked.
@@ -56,6 +66,14 @@ pub enum RunShapeError {
         list: &'static str,
         /// The pattern.
         pattern: String,
+    },
+    /// A rule for activations that names no layer.
+    #[error("`{pattern}` in `activations` matches no layer; the layers are {layers:?}")]
+    NoSuchLayer {
+        /// The pattern.
+        pattern: String,
+        /// What there is.
+        layers: Vec<String>,
     },
 }
 
@@ -90,12 +108,15 @@ impl RunPlan {
         let num_ranks = shape.mesh.degree(Axis::Data);
         let is_frozen = |name: &str| shape.frozen.iter().any(|pattern| pattern.matches(name));
         let units = units_of(&specs, num_ranks, is_frozen);
-        let layers = layer_loads(&specs, &units, &shape.model.activations());
+        let activations = shape.model.activations(shape.micro_batch, shape.seq_len, shape.compute_bytes);
+        let layers = layer_loads(&specs, &units, &activations, &shape.activations);
         let load = Workload {
             units: &units,
             layers: &layers,
             num_ranks,
             compute_bytes: shape.compute_bytes,
+            optimizer_bytes: shape.optimizer_bytes,
+            grad_bytes: shape.grad_bytes,
             microbatch_tokens: shape.micro_batch * shape.seq_len,
             grad_accum_steps: shape.grad_accum_steps,
             overlap: shape.overlap,
@@ -128,13 +149,21 @@ impl RunShape {
             return Err(RunShapeError::TooLong { seq_len: self.seq_len, max_positions });
         }
         let names = || layers.iter().flat_map(|layer| &layer.params).map(|param| &param.name);
-        for (list, patterns) in [("frozen", &self.frozen), ("no_decay", &self.no_decay)] {
+        let lists = [("frozen", &self.frozen), ("no_decay", &self.no_decay), ("groups", &self.grouped)];
+        for (list, patterns) in lists {
             if let Some(stray) = patterns.iter().find(|pattern| !names().any(|name| pattern.matches(name))) {
                 return Err(RunShapeError::PatternMatchesNothing {
                     list,
                     pattern: stray.as_str().to_owned(),
                 });
             }
+        }
+        let names = layers.iter().map(|layer| layer.name.as_str());
+        if let Some(stray) = self.activations.stray(names.clone()) {
+            return Err(RunShapeError::NoSuchLayer {
+                pattern: stray.as_str().to_owned(),
+                layers: names.map(str::to_owned).collect(),
+            });
         }
         Ok(())
     }
@@ -161,12 +190,17 @@ mod tests {
             mesh: Mesh::new(num_ranks, 1, 1).unwrap(),
             stage: ZeroStage::Three,
             compute_bytes: 2,
+            precision: "bf16",
+            optimizer_bytes: 8,
+            grad_bytes: 4,
             micro_batch: 4,
             seq_len: 16,
             grad_accum_steps: 3,
             overlap: Overlap::Inline,
+            activations: ActivationRules::default(),
             frozen: Vec::new(),
             no_decay: Vec::new(),
+            grouped: Vec::new(),
         }
     }
 
@@ -219,5 +253,25 @@ mod tests {
             refused(|shape| shape.no_decay = vec![NamePattern::new("*.bias")]),
             "`*.bias` in `train.no_decay` matches no parameter"
         );
+        let rule = (NamePattern::new("h.*"), crate::ActivationPolicy::Recompute);
+        let mut shape = shape(2, false);
+        shape.activations.rules.push(rule);
+        let error = RunPlan::new(shape).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`h.*` in `activations` matches no layer; the layers are [\"model."),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn narrower_states_are_counted() {
+        let state = |optimizer_bytes, grad_bytes| {
+            let plan = RunPlan::new(RunShape { optimizer_bytes, grad_bytes, ..shape(1, false) }).unwrap();
+            (plan.memory().state, plan.units.iter().map(|unit| unit.padded_numel as u64).sum::<u64>())
+        };
+        let (adamw, padded) = state(8, 4);
+        assert_eq!((adamw.optimizer.0, adamw.grads.0), (8 * padded, 4 * padded));
+        let (narrow, _) = state(4, 2);
+        assert_eq!((narrow.optimizer.0, narrow.grads.0), (4 * padded, 2 * padded));
     }
 }

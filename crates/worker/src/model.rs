@@ -2,7 +2,10 @@
 
 use serde_json::Value;
 use shardwise_comm::Group;
-use shardwise_config::{ModelDescription, ModelSource, NamePattern, Optimizer, Precision, RunConfig};
+use shardwise_config::{
+    ActivationPolicy, FloatType, GradScaling, ModelDescription, ModelSource, NamePattern, NonFiniteGrads,
+    Optimizer, Precision, ReduceOp, RunConfig,
+};
 use shardwise_device::DType;
 use shardwise_engine::{Engine, EngineOptions, ParamSource, RandomInit};
 use shardwise_kernels::Threads;
@@ -40,7 +43,7 @@ impl Model {
             }
             _ => &mut random,
         };
-        Ok(Engine::new(layers, options(run, threads), group, source)?)
+        Ok(Engine::new(layers, options(run, threads)?, group, source)?)
     }
 }
 
@@ -51,16 +54,20 @@ fn has_weights(dir: &std::path::Path) -> bool {
         .is_ok_and(|entries| entries.flatten().any(|entry| is_weights(&entry.file_name().to_string_lossy())))
 }
 
-fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
-    let Optimizer::AdamW(adamw) = &run.optimizer;
+fn options(run: &RunConfig, threads: Threads) -> Result<EngineOptions, Failure> {
+    let Optimizer::AdamW(adamw) = &run.optimizer else { return Err(unfollowed("optimizer")) };
+    if let Some(key) = first_unfollowed(run) {
+        return Err(unfollowed(key));
+    }
     let names =
         |patterns: &[NamePattern]| patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect();
-    EngineOptions {
+    Ok(EngineOptions {
         zero: ZeroOptions {
             stage: run.zero.stage,
             compute: match run.precision {
                 Precision::Fp32 => DType::F32,
                 Precision::Bf16 => DType::Bf16,
+                Precision::Fp16 => return Err(unfollowed("precision")),
             },
             grad_accum_steps: run.batch.grad_accum_steps,
             clip_grad_norm: run.clip_grad_norm,
@@ -80,7 +87,37 @@ fn options(run: &RunConfig, threads: Threads) -> EngineOptions {
             reduction: Default::default(),
         },
         frozen: names(&run.train.frozen),
-    }
+    })
+}
+
+/// A setting that the configuration knows and training does not follow yet, by its name in the effective configuration.
+fn first_unfollowed(run: &RunConfig) -> Option<&'static str> {
+    let reduction = &run.reduction;
+    let activations = &run.activations;
+    [
+        (run.non_finite_grads != NonFiniteGrads::Skip, "non_finite_grads"),
+        (reduction.accumulation != FloatType::Fp32, "reduction.accumulation"),
+        (reduction.communication.is_some(), "reduction.communication"),
+        (
+            matches!(&run.optimizer, Optimizer::AdamW(adamw) if !adamw.bias_correction),
+            "optimizer.bias_correction",
+        ),
+        (reduction.op != ReduceOp::Mean, "reduction.op"),
+        (reduction.scaling != GradScaling::After, "reduction.scaling"),
+        (run.optimizer_state_dtype != FloatType::Fp32, "optimizer_state_dtype"),
+        (run.lr_schedule.momentum(0).is_some(), "lr_schedule.momentum"),
+        (activations.policy != ActivationPolicy::Keep || !activations.rules.is_empty(), "activations"),
+        (activations.head_chunk_tokens.is_some(), "activations.head_chunk_tokens"),
+        (!run.train.groups.is_empty(), "train.groups"),
+        (run.checkpoint.every.is_some(), "checkpoint.every"),
+        (run.eval.is_some(), "eval"),
+    ]
+    .into_iter()
+    .find_map(|(is_set, key)| is_set.then_some(key))
+}
+
+fn unfollowed(key: &str) -> Failure {
+    Failure::configuration(anyhow::anyhow!("training does not follow `{key}` of this run yet"))
 }
 
 fn num_cores() -> usize {

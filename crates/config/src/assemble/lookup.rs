@@ -59,10 +59,7 @@ impl Assembler<'_> {
             Unset::Nothing | Unset::Required(_) => return None,
             Unset::Is(json) => json,
             Unset::Remarkable(json, reason) => {
-                let key = self.key_here(path);
-                let (kind, value) = (NoteKind::Default, literal(json).to_json());
-                let (source, reason) = ("default".to_string(), reason.to_string());
-                self.checked.notes.push(Note { kind, key, value, source, reason });
+                self.default_note(path, literal(json).to_json(), reason);
                 json
             }
         };
@@ -82,6 +79,22 @@ impl Assembler<'_> {
             Some(Found { value, source }) => Some(Found { value: Some(value), source }),
             None => Some(Found { value: None, source: Source::Default }),
         }
+    }
+
+    /// Like [`get`](Self::get) with a default of the caller's.
+    pub fn get_or<T>(
+        &mut self,
+        path: &str,
+        convert: impl Fn(&Value) -> Option<T>,
+        default: T,
+    ) -> Option<Found<T>> {
+        let Found { value, source } = self.optional(path, convert)?;
+        Some(Found { value: value.unwrap_or(default), source })
+    }
+
+    /// Whether the user turned a switch on, or set a number.
+    pub fn asked_for(&self, path: &str) -> Option<Setting> {
+        self.setting(path).filter(|setting| switch(&setting.value) != Some(false))
     }
 
     pub fn seed_or(&mut self, path: &str, seed: Option<Found<u64>>) -> Option<Found<u64>> {
@@ -119,6 +132,20 @@ impl Assembler<'_> {
         });
     }
 
+    /// The setting, if there is one, changes nothing.
+    pub fn no_effect(&mut self, path: &str, reason: &str) {
+        if let Some(setting) = self.setting(path) {
+            self.note(&setting, NoteKind::NoEffect, reason);
+        }
+    }
+
+    /// The default of a key that is not set may surprise.
+    pub fn default_note(&mut self, path: &str, value: serde_json::Value, reason: &str) {
+        let (kind, key) = (NoteKind::Default, self.key_here(path));
+        let (source, reason) = ("default".to_string(), reason.to_string());
+        self.checked.notes.push(Note { kind, key, value, source, reason });
+    }
+
     /// A path, relative to the run file's folder, that the run will read.
     pub fn input(&mut self, setting: &Setting, value: &Value, kind: InputKind) -> Option<PathBuf> {
         let input =
@@ -147,6 +174,16 @@ impl Assembler<'_> {
 
     pub fn conflict(&mut self, at: Origin, message: String, hint: &str) {
         self.checked.errors.push(ConfigError::Conflict { at, message, hint: hint.to_string() });
+    }
+
+    /// Refuses a value, where the table cannot.
+    pub fn not_supported(&mut self, setting: &Setting, hint: &str) {
+        self.checked.errors.push(ConfigError::NotSupported {
+            at: setting.value.at.clone(),
+            key: setting.value.at.key(&setting.key),
+            value: (!matches!(setting.value.data, Data::Bool(_))).then(|| setting.value.to_string()),
+            hint: hint.to_string(),
+        });
     }
 
     pub fn both(&mut self, first: &Setting, second: &Setting, why: &str) {
@@ -200,6 +237,11 @@ pub(crate) fn set(setting: &Setting) -> Source {
 /// A whole number of at least 0.
 pub(crate) fn whole(value: &Value) -> Option<u64> {
     u64::try_from(value.whole()?).ok()
+}
+
+/// The source of a value that follows from others.
+pub(crate) fn derived(from: &str) -> Source {
+    Source::Derived(from.to_string())
 }
 
 /// A word in lower case.

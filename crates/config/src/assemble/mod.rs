@@ -1,16 +1,18 @@
 //! Fits checked settings together into a [`RunConfig`], and notes where each value came from.
 //!
 //! Every part is assembled even if an earlier one failed, so that one run of the command shows all problems. A
-//! part that cannot be assembled is `None`, and an error says why. The parts that come from a DeepSpeed
-//! configuration are in [`training`].
+//! part that cannot be assembled is `None`, and an error says why. What is read and how ranks divide the work is here; the
+//! rest has modules of its own.
 
 mod lookup;
+mod numerics;
+mod optimizer;
+mod options;
+mod schedule;
 mod training;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-
-use shardwise_plan::NamePattern;
 
 use crate::check::Checked;
 use crate::effective::{Note, Source};
@@ -48,16 +50,25 @@ impl Assembler<'_> {
         let data = self.data(seed.clone());
         let parallel = self.parallel();
         let batch = self.batch();
+        let eval = self.eval();
         let precision = self.precision();
+        let loss_scaling = self.loss_scaling(precision);
+        let non_finite_grads = self.non_finite_grads(precision);
+        let reduction = self.reduction(precision);
         let optimizer = self.optimizer();
-        let lr_schedule = self.lr_schedule();
+        let optimizer_state_dtype = self.optimizer_state_dtype(precision);
+        let num_steps = steps.as_ref().map(|steps| steps.value);
+        let lr_schedule = self.lr_schedule(num_steps);
         let clip = self.get("deepspeed.gradient_clipping", Value::number);
         let zero = self.zero();
-        let train = self.train();
+        let activations = self.activations();
+        let train = self.train(lr_schedule.as_ref(), loss_scaling.flatten(), non_finite_grads);
+        let checkpoint = self.checkpoint();
         let steps_per_print = self.optional("deepspeed.steps_per_print", whole);
         Some(RunConfig {
             model: model?,
             data: data?,
+            eval: eval?,
             steps: self.keep("steps", steps?),
             seed: self.keep("seed", seed?),
             device: self.keep("device", device?),
@@ -65,11 +76,17 @@ impl Assembler<'_> {
             parallel: parallel?,
             batch: batch?,
             precision: precision?,
+            loss_scaling: loss_scaling?,
+            non_finite_grads: non_finite_grads?,
+            reduction: reduction?,
             optimizer: optimizer?,
+            optimizer_state_dtype: optimizer_state_dtype?,
             lr_schedule: lr_schedule?,
             clip_grad_norm: Some(self.keep("clip_grad_norm", clip?)).filter(|norm| *norm > 0.0),
             zero: zero?,
+            activations: activations?,
             train: train?,
+            checkpoint: checkpoint?,
             report: ReportConfig { steps_per_print: self.keep("report.steps_per_print", steps_per_print?) },
         })
     }
@@ -190,19 +207,6 @@ impl Assembler<'_> {
             pipeline: self.keep("parallel.pipeline", pipeline?) as usize,
             tensor: self.keep("parallel.tensor", tensor?) as usize,
             deadline_s: self.keep("parallel.deadline_s", deadline_s?),
-        })
-    }
-
-    fn train(&mut self) -> Option<TrainConfig> {
-        let patterns = |value: &Value| match &value.data {
-            Data::List(items) => items.iter().map(|item| item.text().map(NamePattern::new)).collect(),
-            _ => None,
-        };
-        let no_decay = self.get("train.no_decay", patterns);
-        let frozen = self.get("train.frozen", patterns);
-        Some(TrainConfig {
-            no_decay: self.keep("train.no_decay", no_decay?),
-            frozen: self.keep("train.frozen", frozen?),
         })
     }
 }

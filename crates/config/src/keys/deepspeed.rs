@@ -1,7 +1,6 @@
-//! DeepSpeed's keys, first part: batch, optimizer, schedule, precision, reduction, output.
+//! DeepSpeed's keys, first part: batch, precision, reduction, output.
 
 use super::*;
-use Unset::{Remarkable, Required};
 
 /// Other names that DeepSpeed accepts: alias, key.
 pub(crate) const ALIASES: &[(&str, &str)] = &[
@@ -32,37 +31,9 @@ pub(crate) const ALIASES: &[(&str, &str)] = &[
     ("zero_optimization.allgather_sequential", "zero_optimization.stage3_allgather_sequential"),
 ];
 
-/// Names of optimizers that DeepSpeed configurations use and this version does not have.
-pub(crate) const OTHER_OPTIMIZERS: &[&str] = &[
-    "Adagrad",
-    "Lamb",
-    "Lion",
-    "Muon",
-    "MuAdam",
-    "MuAdamW",
-    "MuSGD",
-    "OneBitAdam",
-    "OneBitLamb",
-    "ZeroOneAdam",
-    "SGD",
-    "CPUAdam",
-];
-/// Names of schedulers that DeepSpeed configurations use and this version does not have.
-pub(crate) const OTHER_SCHEDULERS: &[&str] = &[
-    "WarmupDecayLR",
-    "WarmupCosineLR",
-    "OneCycle",
-    "LRRangeTest",
-    "CosineAnnealingLR",
-    "LinearLR",
-    "StepLR",
-];
-
-const FP16_OFF: &str = "`fp16` is off";
 const AUTOCAST_OFF: &str = "`torch_autocast` is off";
 const NO_PYTHON: &str = "it concerns Python code, and there is none";
 const ALWAYS_EVENTS: &str = "TensorBoard events are always written to the run's output folder";
-const LEAN: &str = "it belongs to an implementation of Adam; there is one here, fused";
 
 pub(crate) const KEYS: &[Key] = &[
     // Batch
@@ -77,133 +48,27 @@ pub(crate) const KEYS: &[Key] = &[
         "a step is one optimizer step over all its micro-batches",
     ),
     no_effect("dataloader_drop_last", BOOL, FALSE, "every batch is full"),
-    // Optimizer
-    used("optimizer", Kind::Group, Required(r#"write {"type": "AdamW", "params": {"lr": 3e-4}}"#)),
-    used("optimizer.type", TEXT, Required("`\"AdamW\"` is supported")),
-    no_effect("optimizer.legacy_fusion", BOOL, FALSE, LEAN),
-    group("optimizer.params"),
-    used("optimizer.params.lr", POSITIVE, is("1e-3")),
-    used("optimizer.params.betas", Kind::Betas, is("[0.9, 0.999]")),
-    used("optimizer.params.eps", POSITIVE, is("1e-8")),
-    used("optimizer.params.weight_decay", POSITIVE, NONE),
-    only("optimizer.params.adam_w_mode", BOOL, TRUE, &["true"], "weight decay is decoupled, as in AdamW"),
-    always("optimizer.params.bias_correction", BOOL, TRUE, &["true"], "Adam's moments are always corrected"),
-    used("optimizer.params.torch_adam", BOOL, FALSE),
-    off("optimizer.params.amsgrad", ""),
-    off("optimizer.params.maximize", ""),
-    always(
-        "optimizer.params.fp32_optimizer_states",
-        BOOL,
-        TRUE,
-        &["true"],
-        "moments are always kept in fp32",
-    ),
-    no_effect("optimizer.params.set_grad_none", BOOL, TRUE, LEAN),
-    no_effect("optimizer.params.fused", BOOL, NONE, LEAN),
-    no_effect("optimizer.params.foreach", BOOL, NONE, LEAN),
-    no_effect("optimizer.params.capturable", BOOL, FALSE, LEAN),
-    misplaced("optimizer.params.max_grad_norm", "set `gradient_clipping` instead"),
-    belongs_to("optimizer.params.momentum", NUMBER, "SGD or Muon"),
-    belongs_to("optimizer.params.nesterov", BOOL, "SGD"),
-    belongs_to("optimizer.params.dampening", NUMBER, "SGD"),
-    belongs_to("optimizer.params.lr_decay", NUMBER, "Adagrad"),
-    belongs_to("optimizer.params.muon_lr", NUMBER, "Muon"),
-    belongs_to("optimizer.params.adam_lr", NUMBER, "Muon"),
-    belongs_to("optimizer.params.ns_method", TEXT, "Muon"),
-    belongs_to("optimizer.params.ns_steps", COUNT, "Muon"),
-    belongs_to("optimizer.params.freeze_step", SIZE, "OneBitAdam or OneBitLamb"),
-    belongs_to("optimizer.params.cuda_aware", BOOL, "OneBitAdam, ZeroOneAdam or OneBitLamb"),
-    belongs_to("optimizer.params.comm_backend_name", TEXT, "OneBitAdam, ZeroOneAdam or OneBitLamb"),
-    belongs_to("optimizer.params.exp_avg_mask", ANY, "OneBitAdam"),
-    belongs_to("optimizer.params.var_freeze_step", SIZE, "ZeroOneAdam"),
-    belongs_to("optimizer.params.var_update_scaler", SIZE, "ZeroOneAdam"),
-    belongs_to("optimizer.params.local_step_scaler", SIZE, "ZeroOneAdam"),
-    belongs_to("optimizer.params.local_step_clipper", SIZE, "ZeroOneAdam"),
-    belongs_to("optimizer.params.max_coeff", NUMBER, "Lamb or OneBitLamb"),
-    belongs_to("optimizer.params.min_coeff", NUMBER, "Lamb or OneBitLamb"),
-    belongs_to("optimizer.params.coeff_beta", NUMBER, "OneBitLamb"),
-    belongs_to("optimizer.params.factor_max", NUMBER, "OneBitLamb"),
-    belongs_to("optimizer.params.factor_min", NUMBER, "OneBitLamb"),
-    belongs_to("optimizer.params.factor_threshold", NUMBER, "OneBitLamb"),
-    used(
-        "gradient_clipping",
-        POSITIVE,
-        Remarkable(
-            "1.0",
-            "gradients are clipped to a norm of 1.0, as DeepSpeed 0.19 does; older versions did not clip (0 turns it off)",
-        ),
-    ),
-    // Learning rate
-    group("scheduler"),
-    used(
-        "scheduler.type",
-        TEXT,
-        Required("`\"WarmupLR\"` is supported; without `scheduler` the rate is constant"),
-    ),
-    group("scheduler.params"),
-    used("scheduler.params.warmup_min_lr", POSITIVE, is("0")),
-    used("scheduler.params.warmup_max_lr", POSITIVE, NONE),
-    used("scheduler.params.warmup_num_steps", COUNT, is("1000")),
-    used(
-        "scheduler.params.warmup_type",
-        Kind::Choice(&["log", "linear"]),
-        Remarkable(
-            "\"log\"",
-            "the rate warms up with the logarithm of the step, which is DeepSpeed's default",
-        ),
-    ),
-    always("scheduler.params.last_batch_iteration", INT, is("-1"), &["-1"], "a run starts at its first step"),
-    belongs_to("scheduler.params.total_num_steps", COUNT, "WarmupDecayLR or WarmupCosineLR"),
-    belongs_to("scheduler.params.warmup_min_ratio", NUMBER, "WarmupCosineLR"),
-    belongs_to("scheduler.params.cos_min_ratio", NUMBER, "WarmupCosineLR"),
-    belongs_to("scheduler.params.lr_range_test_min_lr", NUMBER, "LRRangeTest"),
-    belongs_to("scheduler.params.lr_range_test_step_size", COUNT, "LRRangeTest"),
-    belongs_to("scheduler.params.lr_range_test_step_rate", NUMBER, "LRRangeTest"),
-    belongs_to("scheduler.params.lr_range_test_staircase", BOOL, "LRRangeTest"),
-    belongs_to("scheduler.params.cycle_min_lr", NUMBER, "OneCycle"),
-    belongs_to("scheduler.params.cycle_max_lr", NUMBER, "OneCycle"),
-    belongs_to("scheduler.params.decay_lr_rate", NUMBER, "OneCycle"),
-    belongs_to("scheduler.params.cycle_first_step_size", COUNT, "OneCycle"),
-    belongs_to("scheduler.params.cycle_second_step_size", COUNT, "OneCycle"),
-    belongs_to("scheduler.params.cycle_first_stair_count", SIZE, "OneCycle"),
-    belongs_to("scheduler.params.cycle_second_stair_count", SIZE, "OneCycle"),
-    belongs_to("scheduler.params.decay_step_size", SIZE, "OneCycle"),
-    belongs_to("scheduler.params.cycle_momentum", BOOL, "OneCycle"),
-    belongs_to("scheduler.params.cycle_min_mom", NUMBER, "OneCycle"),
-    belongs_to("scheduler.params.cycle_max_mom", NUMBER, "OneCycle"),
-    belongs_to("scheduler.params.decay_mom_rate", NUMBER, "OneCycle"),
     // Precision
     group("fp16"),
-    off("fp16.enabled", "`bf16` is supported and needs no loss scale"),
-    no_effect("fp16.auto_cast", BOOL, FALSE, FP16_OFF),
-    no_effect("fp16.loss_scale", POSITIVE, is("0"), FP16_OFF),
-    no_effect("fp16.initial_scale_power", SIZE, is("16"), FP16_OFF),
-    no_effect("fp16.loss_scale_window", COUNT, is("1000"), FP16_OFF),
-    no_effect("fp16.hysteresis", COUNT, is("2"), FP16_OFF),
-    no_effect("fp16.consecutive_hysteresis", BOOL, FALSE, FP16_OFF),
-    no_effect("fp16.min_loss_scale", POSITIVE, is("1"), FP16_OFF),
-    no_effect("fp16.fp16_master_weights_and_grads", BOOL, FALSE, FP16_OFF),
+    used("fp16.enabled", BOOL, FALSE),
+    off("fp16.auto_cast", "layers compute in fp16 throughout, and inputs are token ids"),
+    used("fp16.loss_scale", POSITIVE, is("0")),
+    // Scales are fp32 numbers.
+    used("fp16.initial_scale_power", Kind::Int(0, 127), is("16")),
+    used("fp16.loss_scale_window", COUNT, is("1000")),
+    used("fp16.hysteresis", COUNT, is("2")),
+    used("fp16.consecutive_hysteresis", BOOL, FALSE),
+    used("fp16.min_loss_scale", Kind::Above(0.0), is("1")),
+    off("fp16.fp16_master_weights_and_grads", "master weights are kept in fp32"),
     group("bf16"),
     used("bf16.enabled", BOOL, FALSE),
-    no_effect("bf16.immediate_grad_update", BOOL, FALSE, "gradients join the fp32 shard as they are reduced"),
-    always(
-        "bf16.check_grad_overflow",
-        BOOL,
-        TRUE,
-        &["true"],
-        "a step whose gradients are not finite is always skipped, and said to be",
-    ),
+    no_effect("bf16.immediate_grad_update", BOOL, FALSE, "gradients join the sum as they are reduced"),
+    used("bf16.check_grad_overflow", BOOL, TRUE),
     off("bf16.bf16_master_weights_and_grads", "master weights are kept in fp32"),
-    off("bf16.bf16_optimizer_states", "moments are kept in fp32"),
+    used("bf16.bf16_optimizer_states", BOOL, FALSE),
     group("data_types"),
-    always(
-        "data_types.grad_accum_dtype",
-        Kind::Choice(&["fp32", "bf16", "fp16"]),
-        NONE,
-        &["\"fp32\""],
-        "gradients are always accumulated in fp32",
-    ),
-    used("data_types.param_dtype", Kind::Choice(&["fp32", "bf16", "fp16"]), NONE),
+    used("data_types.grad_accum_dtype", FLOAT, NONE),
+    used("data_types.param_dtype", FLOAT, NONE),
     no_effect("data_types.buffer_dtype", TEXT, NONE, "layers keep no buffers"),
     only(
         "data_types.keep_in_fp32_modules",
@@ -213,26 +78,20 @@ pub(crate) const KEYS: &[Key] = &[
         "all layers compute in one precision",
     ),
     group("torch_autocast"),
-    off("torch_autocast.enabled", "`bf16` computes in 16 bits"),
+    off("torch_autocast.enabled", "`bf16` and `fp16` compute in 16 bits"),
     no_effect("torch_autocast.dtype", TEXT, NONE, AUTOCAST_OFF),
     no_effect("torch_autocast.lower_precision_safe_modules", TEXTS, NONE, AUTOCAST_OFF),
     // Reduction
-    used("communication_data_type", Kind::Choice(&["fp32", "bf16", "fp16"]), NONE),
+    used("communication_data_type", FLOAT, NONE),
     no_effect(
         "seq_parallel_communication_data_type",
-        Kind::Choice(&["fp32", "bf16", "fp16"]),
+        FLOAT,
         is("\"fp32\""),
         "sequences are not split over ranks",
     ),
-    off("prescale_gradients", "gradients are summed in fp32, so nothing needs scaling before"),
-    only(
-        "gradient_predivide_factor",
-        NUMBER,
-        is("1.0"),
-        &["1"],
-        "gradients are summed in fp32, so nothing needs scaling before",
-    ),
-    only("gradient_allreduce_op", Kind::Choice(&["mean", "sum"]), is("\"mean\""), &["\"mean\""], ""),
+    used("prescale_gradients", BOOL, FALSE),
+    used("gradient_predivide_factor", Kind::Above(0.0), is("1.0")),
+    used("gradient_allreduce_op", Kind::Choice(&["mean", "sum"]), is("\"mean\"")),
     off("sparse_gradients", ""),
     off("disable_allgather", ""),
     only("sequence_parallel_size", COUNT, NONE, &["1"], ""),

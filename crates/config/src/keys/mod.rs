@@ -4,6 +4,7 @@
 
 pub(crate) mod deepspeed;
 mod features;
+pub(crate) mod optimizer;
 mod run;
 mod zero;
 
@@ -13,8 +14,13 @@ use crate::schema::{Fate, Key, Kind, Unset};
 pub(crate) const DEEPSPEED: &str = "deepspeed";
 
 /// The tables, each with the path its rows start from.
-pub(crate) const TABLES: &[(&str, &[Key])] =
-    &[("", run::KEYS), (DEEPSPEED, deepspeed::KEYS), (DEEPSPEED, zero::KEYS), (DEEPSPEED, features::KEYS)];
+pub(crate) const TABLES: &[(&str, &[Key])] = &[
+    ("", run::KEYS),
+    (DEEPSPEED, deepspeed::KEYS),
+    (DEEPSPEED, optimizer::KEYS),
+    (DEEPSPEED, zero::KEYS),
+    (DEEPSPEED, features::KEYS),
+];
 
 const BOOL: Kind = Kind::Bool;
 const TEXT: Kind = Kind::Text;
@@ -28,6 +34,8 @@ const COUNT: Kind = Kind::Int(1, i64::MAX);
 const NUMBER: Kind = Kind::Above(f64::NEG_INFINITY);
 /// A number of at least 0.
 const POSITIVE: Kind = Kind::AtLeast(0.0);
+/// A floating-point type.
+const FLOAT: Kind = Kind::Choice(&["fp32", "bf16", "fp16"]);
 
 const NONE: Unset = Unset::Nothing;
 const FALSE: Unset = Unset::Is("false");
@@ -75,8 +83,9 @@ const fn no_effect(path: &'static str, kind: Kind, default: Unset, why: &'static
     Key { path, kind, default, fate: Fate::NoEffect(why) }
 }
 
-const fn belongs_to(path: &'static str, kind: Kind, owner: &'static str) -> Key {
-    Key { path, kind, default: NONE, fate: Fate::BelongsTo(owner) }
+/// A parameter of some optimizers or schedulers.
+const fn belongs_to(path: &'static str, kind: Kind, owners: &'static [&'static str]) -> Key {
+    Key { path, kind, default: NONE, fate: Fate::BelongsTo(owners) }
 }
 
 const fn refused(path: &'static str, kind: Kind, hint: &'static str) -> Key {

@@ -3,6 +3,9 @@
 use super::*;
 use Unset::Required;
 
+const IN_DEEPSPEED: &str = "the optimizer is described in the `deepspeed` block";
+const POLICY: Kind = Kind::Choice(&["keep", "recompute", "offload"]);
+
 pub(crate) const KEYS: &[Key] = &[
     used(
         "model",
@@ -18,10 +21,10 @@ pub(crate) const KEYS: &[Key] = &[
     used("data.text", Kind::TextOrTexts, NONE),
     used("data.tokenizer", Kind::TextOrGroup, NONE),
     used("data.tokenizer.train_bpe", Kind::Group, Required(r#"write {"train_bpe": {"vocab_size": 8192}}"#)),
-    // A byte-level vocabulary starts with the 256 bytes.
+    // The 256 bytes and the end of a text.
     used(
         "data.tokenizer.train_bpe.vocab_size",
-        Kind::Int(256, u32::MAX as i64),
+        Kind::Int(257, u32::MAX as i64),
         Required("8192 suits a few megabytes of text"),
     ),
     used("data.seq_len", COUNT, Required("tokens of one sample, for example 512")),
@@ -36,13 +39,52 @@ pub(crate) const KEYS: &[Key] = &[
     only("parallel.tensor", COUNT, is("1"), &["1"], ""),
     refused("parallel.schedule", TEXT, "leave it out: there are no pipeline stages to schedule"),
     used("parallel.deadline_s", Kind::Above(0.0), is("120")),
+    group("optimizer"),
+    used("optimizer.state_dtype", Kind::Choice(&["fp32", "bf16"]), NONE),
+    misplaced("optimizer.type", IN_DEEPSPEED),
+    misplaced("optimizer.params", IN_DEEPSPEED),
+    group("lr_schedule"),
+    used(
+        "lr_schedule.type",
+        Kind::Choice(&["constant", "linear", "cosine"]),
+        Required("`\"constant\"`, `\"linear\"` or `\"cosine\"`"),
+    ),
+    used("lr_schedule.warmup_steps", SIZE, is("0")),
+    used("lr_schedule.total_steps", COUNT, NONE),
+    used("lr_schedule.min_lr", POSITIVE, is("0")),
+    group("activations"),
+    used("activations.policy", POLICY, is("\"keep\"")),
+    used("activations.rules", Kind::Groups, is("[]")),
+    used(
+        "activations.rules[].match",
+        Kind::TextOrTexts,
+        Required("names of layers, for example `\"*.layers.1*\"`"),
+    ),
+    used("activations.rules[].policy", POLICY, Required("`\"keep\"`, `\"recompute\"` or `\"offload\"`")),
+    used("activations.head_chunk_tokens", COUNT, NONE),
     group("checkpoint"),
-    refused("checkpoint.every", COUNT, "leave it out: the model is written once, when the run is done"),
-    refused("checkpoint.keep", COUNT, "leave it out"),
-    refused("checkpoint.async", BOOL, "leave it out"),
+    used("checkpoint.every", COUNT, NONE),
+    used("checkpoint.keep", COUNT, NONE),
+    used("checkpoint.async", BOOL, FALSE),
+    used("checkpoint.on_failure", Kind::Choice(&["stop", "continue"]), is("\"stop\"")),
+    group("eval"),
+    used("eval.text", TEXT, NONE),
+    used("eval.tokens", TEXT, NONE),
+    used("eval.every", COUNT, NONE),
+    used("eval.max_tokens", COUNT, NONE),
     group("train"),
     used("train.no_decay", TEXTS, is("[]")),
     used("train.frozen", TEXTS, is("[]")),
+    used("train.groups", Kind::Groups, is("[]")),
+    used(
+        "train.groups[].match",
+        Kind::TextOrTexts,
+        Required("names of parameters, for example `\"*.bias\"`"),
+    ),
+    used("train.groups[].lr", POSITIVE, NONE),
+    used("train.groups[].lr_scale", POSITIVE, NONE),
+    used("train.groups[].weight_decay", POSITIVE, NONE),
+    used("train.max_consecutive_skips", COUNT, NONE),
     used(
         DEEPSPEED,
         Kind::TextOrGroup,

@@ -121,7 +121,7 @@ pub(crate) const KEYS: &[Key] = &[
         "zero_optimization.save_muon_momentum_buffer_in_memory",
         BOOL,
         FALSE,
-        "the optimizer is not Muon",
+        "the optimizer's states are always in memory",
     ),
     group("zero_optimization.leaf_module"),
     no_effect("zero_optimization.leaf_module.classes", TEXTS, NONE, NO_HOOKS),

@@ -129,9 +129,9 @@ expected two numbers of at least 0 and below 1"
 fn what_is_not_supported_yet_is_refused_by_name() {
     let cases = [
         (
-            r#", "fp16": {"enabled": true}"#,
-            "fp16.enabled` is not supported yet\nhint: set it to `false` or leave it out; `bf16` is supported and needs \
-             no loss scale",
+            r#", "fp16": {"enabled": true, "auto_cast": true}"#,
+            "fp16.auto_cast` is not supported yet\nhint: set it to `false` or leave it out; layers compute in fp16 \
+             throughout, and inputs are token ids",
         ),
         (
             r#", "zero_optimization": {"offload_optimizer": {"device": "cpu"}}"#,
@@ -148,32 +148,33 @@ fn what_is_not_supported_yet_is_refused_by_name() {
             "sparse_attention` is not supported yet\nhint: leave it out: attention is dense",
         ),
         (
-            r#", "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 10}}"#,
-            "scheduler.type` = `\"WarmupCosineLR\"` is not supported yet\nhint: set it to `\"WarmupLR\"`",
+            r#", "scheduler": {"type": "StepLR"}"#,
+            "scheduler.type` = `\"StepLR\"` is not supported yet\nhint: set it to `\"WarmupLR\"`, `\"WarmupDecayLR\"`, \
+             `\"WarmupCosineLR\"`, `\"OneCycle\"` or `\"LRRangeTest\"`",
         ),
         (
-            r#", "bf16": {"enabled": true}, "communication_data_type": "fp32""#,
-            "communication_data_type` = `\"fp32\"` is not supported yet\nhint: leave it out: the run's precision is \
-             `bf16`, and what is computed in the run's precision is also stored and sent in it",
+            r#", "bf16": {"enabled": true}, "data_types": {"param_dtype": "fp32"}"#,
+            "data_types.param_dtype` = `\"fp32\"` is not supported yet\nhint: leave it out: the run's precision is \
+             `bf16`, and what is computed in the run's precision is also stored in it",
+        ),
+        (
+            r#", "bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp16"}"#,
+            "data_types.grad_accum_dtype` = `\"fp16\"` is not supported yet\nhint: set it to `\"fp32\"` or leave it out; \
+             the run's precision, `\"bf16\"`, is possible too",
         ),
     ];
     for (more, expected) in cases {
         assert_eq!(deepspeed_says(more), format!("error: run.json:5: `deepspeed.{expected}"));
     }
     assert_eq!(
-        says(
-            &run_with(&deepspeed("")),
-            &["device=cuda", "parallel.pipeline=2", "parallel.schedule=1f1b", "checkpoint.every=100"]
-        ),
+        says(&run_with(&deepspeed("")), &["device=cuda", "parallel.pipeline=2", "parallel.schedule=1f1b"]),
         "\
 error: --set device=cuda: `device` = `\"cuda\"` is not supported yet
 hint: set it to `\"cpu\"` or leave it out
 error: --set parallel.pipeline=2: `parallel.pipeline` = `2` is not supported yet
 hint: set it to `1` or leave it out
 error: --set parallel.schedule=1f1b: `parallel.schedule` is not supported yet
-hint: leave it out: there are no pipeline stages to schedule
-error: --set checkpoint.every=100: `checkpoint.every` is not supported yet
-hint: leave it out: the model is written once, when the run is done"
+hint: leave it out: there are no pipeline stages to schedule"
     );
 }
 
@@ -184,12 +185,13 @@ fn optimizers_and_schedulers() {
         with("deepspeed.optimizer.type=OneBitAdam"),
         "\
 error: --set deepspeed.optimizer.type=OneBitAdam: `deepspeed.optimizer.type` = `\"OneBitAdam\"` is not supported yet
-hint: set it to `\"AdamW\"` or `\"Adam\"`"
+hint: set it to `\"AdamW\"`, `\"Adam\"`, `\"SGD\"`, `\"Adagrad\"`, `\"Lion\"`, `\"Lamb\"` or `\"Muon\"`"
     );
     assert_eq!(
         with("deepspeed.optimizer.type=AdaW"),
         "\
-error: --set deepspeed.optimizer.type=AdaW: `deepspeed.optimizer.type` is `\"AdaW\"`, expected `\"AdamW\"` or `\"Adam\"`
+error: --set deepspeed.optimizer.type=AdaW: `deepspeed.optimizer.type` is `\"AdaW\"`, expected \
+`\"AdamW\"`, `\"Adam\"`, `\"SGD\"`, `\"Adagrad\"`, `\"Lion\"`, `\"Lamb\"` or `\"Muon\"`
 hint: did you mean `AdamW`?"
     );
     assert_eq!(
@@ -206,10 +208,10 @@ OneBitAdam or OneBitLamb, not of AdamW
 hint: leave it out"
     );
     assert_eq!(
-        with("deepspeed.optimizer.params.adam_w_mode=false"),
+        with("deepspeed.optimizer.params.amsgrad=true"),
         "\
-error: --set deepspeed.optimizer.params.adam_w_mode=false: `deepspeed.optimizer.params.adam_w_mode` is not supported yet
-hint: set it to `true` or leave it out; weight decay is decoupled, as in AdamW"
+error: --set deepspeed.optimizer.params.amsgrad=true: `deepspeed.optimizer.params.amsgrad` is not supported yet
+hint: set it to `false` or leave it out"
     );
     assert_eq!(
         says(&run_with(r#"{"train_batch_size": 2, "scheduler": {}}"#), &[]),
@@ -217,7 +219,8 @@ hint: set it to `true` or leave it out; weight decay is decoupled, as in AdamW"
 error: run.json:5: `deepspeed.optimizer` is missing
 hint: write {\"type\": \"AdamW\", \"params\": {\"lr\": 3e-4}}
 error: run.json:5: `deepspeed.scheduler.type` is missing
-hint: `\"WarmupLR\"` is supported; without `scheduler` the rate is constant"
+hint: `\"WarmupLR\"`, `\"WarmupDecayLR\"`, `\"WarmupCosineLR\"`, `\"OneCycle\"` or `\"LRRangeTest\"`; without \
+`scheduler` the rate is constant"
     );
 }
 
@@ -284,8 +287,6 @@ fn both_precisions_on() {
     assert_eq!(
         deepspeed_says(",\n\"fp16\": {\"enabled\": true},\n\"bf16\": {\"enabled\": true}"),
         "\
-error: run.json:6: `deepspeed.fp16.enabled` is not supported yet
-hint: set it to `false` or leave it out; `bf16` is supported and needs no loss scale
 error: run.json:6: `deepspeed.bf16.enabled` and `deepspeed.fp16.enabled` are both set, but a run computes in one precision
 hint: keep one of the two"
     );

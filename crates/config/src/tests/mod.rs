@@ -6,6 +6,7 @@ mod planning;
 mod run_file;
 mod tables;
 mod templates;
+mod training;
 
 use std::fs;
 

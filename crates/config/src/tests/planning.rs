@@ -78,7 +78,7 @@ fn a_model_that_is_none_is_named() {
 fn communication_overlaps_where_ranks_have_a_core_to_spare() {
     let overlap = |sets: &[&str], ranks, cores| {
         let config = files(LLAMA).load("run.json", sets, ranks).unwrap().config;
-        config.overlap(cores, config.threads(cores))
+        config.overlap(cores, config.threads(None, cores))
     };
     assert_eq!(overlap(&[], 2, 8), Overlap::Inline, "an even share of the cores leaves none");
     assert_eq!(overlap(&["threads_per_rank=3"], 2, 8), Overlap::SideThread);
@@ -86,4 +86,31 @@ fn communication_overlaps_where_ranks_have_a_core_to_spare() {
     let key = "deepspeed.zero_optimization.overlap_comm";
     assert_eq!(overlap(&[&format!("{key}=true")], 2, 2), Overlap::SideThread);
     assert_eq!(overlap(&["threads_per_rank=1", &format!("{key}=false")], 2, 8), Overlap::Inline);
+}
+
+#[test]
+fn settings_of_the_state_and_of_activations_reach_the_plan() {
+    let files = files(LLAMA);
+    let shape = |sets: &[&str]| plan(&files, sets, 1).unwrap().shape;
+    let of = |shape: &shardwise_plan::run::RunShape| {
+        (shape.precision, shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes)
+    };
+    assert_eq!(of(&shape(&[])), ("fp32", 4, 8, 4));
+    let fp16 = ["deepspeed.fp16.enabled=true", "deepspeed.data_types.grad_accum_dtype=fp16"];
+    assert_eq!(of(&shape(&[&fp16[..], &["optimizer.state_dtype=bf16"]].concat())), ("fp16", 2, 4, 2));
+    assert_eq!(of(&shape(&["deepspeed.optimizer={type: 'SGD'}"])), ("fp32", 4, 0, 4));
+    assert_eq!(of(&shape(&["deepspeed.optimizer={type: 'Lion'}"])), ("fp32", 4, 4, 4));
+
+    let activations = |sets: &[&str]| plan(&files, sets, 1).unwrap().memory().activations;
+    assert!(activations(&["activations.policy=recompute"]) < activations(&[]));
+    assert_eq!(
+        plan(&files, &["activations.rules=[{match: 'layers.*', policy: 'keep'}]"], 1).unwrap_err(),
+        "error: `layers.*` in `activations` matches no layer; the layers are [\"model.embed_tokens\", \"model.layers.0\", \
+         \"model.layers.1\", \"lm_head\"]"
+    );
+    assert_eq!(
+        plan(&files, &["train.groups=[{match: ['*norm*', '*.bias'], weight_decay: 0}]"], 1).unwrap_err(),
+        "error: `*.bias` in `train.groups` matches no parameter\n\
+         hint: `*` stands for any run of characters; `shardwise plan --json` shows all names"
+    );
 }

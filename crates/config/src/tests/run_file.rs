@@ -96,7 +96,7 @@ fn the_smallest_run_has_the_documented_defaults() {
     assert_eq!(config.data.order, SampleOrder::Shuffled);
     assert_eq!((config.parallel.pipeline, config.parallel.tensor, config.parallel.deadline_s), (1, 1, 120.0));
     assert_eq!(config.precision, Precision::Fp32);
-    let Optimizer::AdamW(adamw) = config.optimizer;
+    let Optimizer::AdamW(adamw) = config.optimizer else { panic!("AdamW") };
     assert_eq!((adamw.betas, adamw.eps, adamw.weight_decay), ([0.9, 0.999], 1e-8, 0.0));
     assert_eq!(config.lr_schedule, LrSchedule::Constant { lr: 0.001 });
     assert_eq!(config.clip_grad_norm, Some(1.0));

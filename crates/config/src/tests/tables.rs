@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::check::{BATCH_KEYS, literal};
+use crate::keys::optimizer::{OPTIMIZERS, SCHEDULERS};
 use crate::keys::{DEEPSPEED, TABLES, deepspeed::ALIASES};
 use crate::schema::{Fate, Key, Kind, Schema, Unset};
 use crate::value::join;
@@ -25,42 +26,97 @@ fn sample(path: &str, key: &Key) -> String {
         "deepspeed.scheduler" => Some(r#"{"type": "WarmupLR"}"#),
         "deepspeed.optimizer.type" => Some("\"Adam\""),
         "deepspeed.scheduler.type" => Some("\"WarmupLR\""),
-        "deepspeed.communication_data_type" | "deepspeed.data_types.param_dtype" => Some("\"fp32\""),
+        "deepspeed.data_types.grad_accum_dtype" | "deepspeed.data_types.param_dtype" => Some("\"fp32\""),
+        "deepspeed.optimizer.params.ns_method" => Some("\"standard\""),
+        "deepspeed.optimizer.params.initial_accumulator_value" => Some("0"),
+        "deepspeed.optimizer.params.eps_inside_sqrt" | "deepspeed.optimizer.params.per_head_muon" => {
+            Some("false")
+        }
+        "lr_schedule" => Some(r#"{"type": "linear"}"#),
+        "lr_schedule.min_lr" => Some("0.0005"),
+        "eval" => Some(r#"{"tokens": "e.bin"}"#),
         "deepspeed.data_parallel_size" => Some("1"),
         _ => None,
     };
     listed.or(by_name.map(str::to_string)).unwrap_or_else(|| match key.kind {
         Kind::Bool => "true".to_string(),
         Kind::Int(min, max) => min.max(0).saturating_add(1).min(max).to_string(),
-        Kind::AtLeast(_) | Kind::Within(_, _) => "0.5".to_string(),
+        Kind::AtLeast(_) | Kind::Within(..) | Kind::Between(..) => "0.5".to_string(),
         Kind::Above(_) => "1.5".to_string(),
         Kind::Text | Kind::TextOrGroup => "\"some\"".to_string(),
         Kind::Choice(words) => format!("{:?}", words[words.len() - 1]),
         Kind::Texts | Kind::TextOrTexts => "[\"some\"]".to_string(),
         Kind::Betas => "[0.5, 0.25]".to_string(),
+        Kind::Groups => "[]".to_string(),
         Kind::Group | Kind::Object => "{}".to_string(),
         Kind::Any => "1".to_string(),
     })
 }
 
+/// The optimizer or scheduler of ours that a parameter belongs to.
+fn owner(path: &str) -> Option<&'static str> {
+    let Some(Fate::BelongsTo(owners)) = Schema::new().key(path).map(|key| key.fate) else { return None };
+    OPTIMIZERS.iter().chain(SCHEDULERS).copied().find(|name| owners.contains(name))
+}
+
+/// A scheduler with what it needs.
+fn scheduler(name: &str) -> String {
+    let params = match name {
+        "WarmupDecayLR" | "WarmupCosineLR" => r#"{"total_num_steps": 20, "warmup_num_steps": 10}"#,
+        "OneCycle" => r#"{"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}"#,
+        _ => "{}",
+    };
+    format!(r#"deepspeed.scheduler={{"type": "{name}", "params": {params}}}"#)
+}
+
 /// A configuration with room for the key, and nothing set twice.
-fn base(path: &str) -> Vec<&'static str> {
-    match path {
-        _ if path.starts_with("data.text") || path.starts_with("data.tokenizer") => {
-            vec![r#"data={"text": "a.txt", "tokenizer": {"train_bpe": {"vocab_size": 300}}, "seq_len": 8}"#]
+fn base(path: &str) -> Vec<String> {
+    const TEXT: &str =
+        r#"data={"text": "a.txt", "tokenizer": {"train_bpe": {"vocab_size": 300}}, "seq_len": 8}"#;
+    let sets: &[&str] = match path {
+        _ if path.starts_with("data.text") || path.starts_with("data.tokenizer") => &[TEXT],
+        _ if path.starts_with("model.config") => &["model={}"],
+        _ if path.starts_with("deepspeed.scheduler") => {
+            return vec![scheduler(owner(path).unwrap_or("WarmupLR"))];
         }
-        _ if path.starts_with("model.config") => vec!["model={}"],
-        _ if path.starts_with("deepspeed.scheduler") => vec![r#"deepspeed.scheduler={"type": "WarmupLR"}"#],
-        "deepspeed.train_batch_size" => vec!["deepspeed.train_micro_batch_size_per_gpu=null"],
-        _ => vec![],
-    }
+        "deepspeed.optimizer.params.nesterov" => {
+            &[r#"deepspeed.optimizer={"type": "SGD", "params": {"momentum": 0.9}}"#]
+        }
+        _ if path.starts_with("deepspeed.optimizer.params.") && owner(path).is_some() => {
+            return vec![format!(r#"deepspeed.optimizer={{"type": "{}"}}"#, owner(path).unwrap())];
+        }
+        "deepspeed.train_batch_size" => &["deepspeed.train_micro_batch_size_per_gpu=null"],
+        "deepspeed.fp16.enabled" | "deepspeed.bf16.enabled" => &[],
+        _ if path.starts_with("deepspeed.fp16.") => &["deepspeed.fp16.enabled=true"],
+        _ if path.starts_with("deepspeed.bf16.") => &["deepspeed.bf16.enabled=true"],
+        _ if path.starts_with("lr_schedule.") => &[r#"lr_schedule={"type": "linear"}"#],
+        "eval.text" => &[TEXT],
+        "eval.every" | "eval.max_tokens" => &[r#"eval={"tokens": "e.bin"}"#],
+        _ => &[],
+    };
+    sets.iter().map(|set| set.to_string()).collect()
+}
+
+/// The override that sets `path` to `json`; a member of a list of groups comes with the whole list.
+fn set_for(path: &str, json: &str) -> String {
+    let Some((list, name)) = path.split_once("[].") else { return format!("{path}={json}") };
+    let rest = match (list, name) {
+        (_, "policy") => r#""match": "*""#,
+        ("activations.rules", _) => r#""policy": "keep""#,
+        (_, "match") => r#""lr_scale": 0.5"#,
+        _ => r#""match": "*""#,
+    };
+    format!(r#"{list}=[{{"{name}": {json}, {rest}}}]"#)
 }
 
 /// Loads a small configuration in which `path` is set to `json`.
 fn load_with(path: &str, json: &str) -> Result<Loaded, String> {
-    let set = format!("{path}={json}");
-    let mut sets = base(path);
-    sets.push(&set);
+    load_on(base(path), path, json)
+}
+
+fn load_on(mut sets: Vec<String>, path: &str, json: &str) -> Result<Loaded, String> {
+    sets.push(set_for(path, json));
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
     load(&run_with(&deepspeed("")), &sets, 1)
 }
 
@@ -73,8 +129,10 @@ fn rows_are_well_formed() {
     let schema = Schema::new();
     for (path, key) in schema.iter() {
         if let Some((group, _)) = path.rsplit_once('.') {
-            let group = schema.key(group).unwrap_or_else(|| panic!("`{path}` has no group"));
-            assert!(matches!(group.kind, Kind::Group | Kind::TextOrGroup), "{path}");
+            let list = group.strip_suffix("[]");
+            let group = schema.key(list.unwrap_or(group)).unwrap_or_else(|| panic!("`{path}` has no group"));
+            let is_group = matches!(group.kind, Kind::Group | Kind::TextOrGroup);
+            assert!(if list.is_some() { group.kind == Kind::Groups } else { is_group }, "{path}");
         }
         let (default, values) = (
             match key.default {
@@ -176,9 +234,26 @@ fn every_key_is_taken_noted_or_refused_by_name() {
                 let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
                 assert!(says.contains("is not supported yet") && !says.contains("not a known key"), "{says}");
             }
-            Fate::BelongsTo(owner) => {
-                let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
-                assert!(says.contains(&format!("{named} is a parameter of {owner}")), "{says}");
+            Fate::BelongsTo(owners) => {
+                if owner(path).is_some() {
+                    outcome.unwrap_or_else(|says| panic!("{path}={json}: {says}"));
+                }
+                // And beside each of ours that it does not belong to:
+                let (group, ours) = match path.starts_with("deepspeed.optimizer.") {
+                    true => ("optimizer", OPTIMIZERS),
+                    false => ("scheduler", SCHEDULERS),
+                };
+                for stranger in ours.iter().filter(|name| !owners.contains(name)) {
+                    let base = match group {
+                        "scheduler" => scheduler(stranger),
+                        _ => format!(r#"deepspeed.optimizer={{"type": "{stranger}"}}"#),
+                    };
+                    let says = load_on(vec![base], path, &json)
+                        .err()
+                        .unwrap_or_else(|| panic!("{path} was accepted"));
+                    assert!(says.contains(&format!("{named} is a parameter of {}", owners[0])), "{says}");
+                    assert!(says.contains(&format!(", not of {stranger}")), "{says}");
+                }
             }
             Fate::Misplaced(hint) => {
                 let says = outcome.err().unwrap_or_else(|| panic!("{path} was accepted"));
@@ -190,22 +265,44 @@ fn every_key_is_taken_noted_or_refused_by_name() {
 
 #[test]
 fn every_used_value_shows_up_in_the_configuration() {
-    // These only have to agree with the rest of the configuration.
+    // These only have to agree with the rest of the configuration, or ask for the default.
     let checked_only = [
-        "deepspeed.communication_data_type",
         "deepspeed.data_parallel_size",
         "deepspeed.data_types.param_dtype",
-        "deepspeed.optimizer.params.torch_adam",
+        "deepspeed.optimizer.params.adam_w_mode",
+        "deepspeed.scheduler.params.cycle_momentum",
     ];
-    for (path, key) in Schema::new().iter().filter(|(_, key)| key.fate == Fate::Used) {
-        if matches!(key.kind, Kind::Group) || path == DEEPSPEED || checked_only.contains(&path) {
+    for (path, key) in Schema::new().iter() {
+        let is_noted = matches!(key.fate, Fate::BelongsTo(_)) && owner(path).is_some();
+        let is_value = key.kind != Kind::Group && path != DEEPSPEED && !checked_only.contains(&path);
+        if !is_value || !(key.fate == Fate::Used || is_noted) {
             continue;
         }
         let json = sample(path, key);
-        let loaded = load_with(path, &json).unwrap();
-        let source = format!("--set {path}={json}");
+        let loaded = load_with(path, &json).unwrap_or_else(|says| panic!("{path}={json}: {says}"));
+        let source = format!("--set {}", set_for(path, &json));
         let rows = loaded.effective().values();
-        assert!(rows.iter().any(|row| row.source == source), "{path} ends up nowhere");
+        let shows = rows.iter().any(|row| row.source == source);
+        let noted = is_noted && loaded.effective().notes().iter().any(|note| note.key == path);
+        assert!(shows || noted, "{path} ends up nowhere");
+    }
+}
+
+#[test]
+fn the_documentation_names_every_key_that_counts() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/run-file.md");
+    let docs = fs::read_to_string(path).unwrap();
+    for (path, key) in Schema::new().iter() {
+        let counts =
+            key.fate == Fate::Used || (matches!(key.fate, Fate::BelongsTo(_)) && owner(path).is_some());
+        let is_leaf = !matches!(key.kind, Kind::Group | Kind::TextOrGroup);
+        let name = path.rsplit('.').next().unwrap();
+        let shown = match path.strip_prefix("deepspeed.") {
+            // Members of a group may stand under its name.
+            Some(_) => docs.contains(&format!("{name}`")),
+            None => docs.contains(&format!("`{path}`")),
+        };
+        assert!(shown || !counts || !is_leaf, "`{path}` is not in docs/run-file.md");
     }
 }
 
@@ -269,7 +366,7 @@ proptest! {
         let path = paths[pick.index(paths.len())];
         let typo = slip(path, at, kind, letter.chars().next().unwrap());
         prop_assume!(schema.key(schema.canonical(&typo)).is_none() && path != DEEPSPEED);
-        prop_assume!(!path.starts_with("data.tokenizer."));
+        prop_assume!(!path.starts_with("data.tokenizer.") && !path.contains('['));
         let says = load_with(&typo, "1").err();
         let named = format!("`{typo}` is not a known key");
         prop_assert!(says.as_ref().is_some_and(|says| says.contains(&named)), "{:?}", says);

@@ -163,7 +163,9 @@ fn torch_adam_brings_the_weight_decay_of_torch() {
         let text = format!(
             r#"{{"train_batch_size": 1, "optimizer": {{"type": "AdamW", "params": {{"torch_adam": true{params}}}}}}}"#
         );
-        let Optimizer::AdamW(adamw) = load(&run_with(&text), &[], 1).unwrap().config.optimizer;
+        let Optimizer::AdamW(adamw) = load(&run_with(&text), &[], 1).unwrap().config.optimizer else {
+            panic!("AdamW")
+        };
         adamw.weight_decay
     };
     assert_eq!(decay(""), 0.01);

@@ -9,10 +9,13 @@
 //!          | embedding | block 0 | block 1 |         backward of block 1
 //! besides                                   gradients of that layer and of tied parameters, temporaries
 //! ```
+//!
+//! A recomputed layer keeps its input only, which is the output of the layer before, and has the rest for the moment of its
+//! backward.
 
 use std::collections::HashMap;
 
-use crate::{Bytes, LayerSpec, UnitLayout};
+use crate::{ActivationPolicy, ActivationRules, Bytes, LayerSpec, UnitLayout};
 
 /// What one layer holds, in elements of the compute type for each token of a micro-batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,6 +28,9 @@ pub struct LayerActivations {
     pub forward: usize,
     /// The most that the backward pass needs besides, apart from the gradients of parameters, input and output.
     pub backward: usize,
+    /// What the forward pass needs besides, in elements, however many the tokens are: a head's scores, and the gradient of its
+    /// weight, which it makes at once (if the weight is frozen, this is too much).
+    pub fixed: usize,
 }
 
 /// A layer as the memory plan sees it.
@@ -35,6 +41,7 @@ pub struct LayerLoad {
     /// Its trainable parameters: unit, slot in the unit, elements.
     trained: Vec<(usize, usize, usize)>,
     activations: LayerActivations,
+    policy: ActivationPolicy,
 }
 
 /// The most that is held at one moment.
@@ -57,11 +64,12 @@ impl Moment {
     }
 }
 
-/// Finds each layer's parameters in the units. `activations` has one entry for each layer.
+/// Finds each layer's parameters in the units, and its policy in the rules. `activations` has one entry for each layer.
 pub fn layer_loads(
     layers: &[LayerSpec],
     units: &[UnitLayout],
     activations: &[LayerActivations],
+    rules: &ActivationRules,
 ) -> Vec<LayerLoad> {
     assert_eq!(layers.len(), activations.len(), "one entry for each layer");
     let places: HashMap<&str, (usize, usize)> = (units.iter().enumerate())
@@ -69,8 +77,9 @@ pub fn layer_loads(
             unit.slots.iter().enumerate().map(move |(s, slot)| (slot.param.name.as_str(), (u, s)))
         })
         .collect();
-    let load = |layer: &LayerSpec, activations| {
-        let mut load = LayerLoad { units: Vec::new(), trained: Vec::new(), activations };
+    let policies = rules.policies(layers.iter().map(|layer| layer.name.as_str()));
+    let load = |((layer, &activations), policy): ((&LayerSpec, _), _)| {
+        let mut load = LayerLoad { units: Vec::new(), trained: Vec::new(), activations, policy };
         for param in &layer.params {
             let (unit, slot) =
                 *places.get(param.name.as_str()).expect("units are made of the layers' parameters");
@@ -83,7 +92,7 @@ pub fn layer_loads(
         }
         load
     };
-    layers.iter().zip(activations).map(|(layer, &activations)| load(layer, activations)).collect()
+    layers.iter().zip(activations).zip(policies).map(load).collect()
 }
 
 /// The first layer that goes backward: there is nothing to do before the first trainable parameter.
@@ -95,16 +104,28 @@ pub(crate) fn first_trained(layers: &[LayerLoad]) -> usize {
 pub(super) fn peak(layers: &[LayerLoad], tokens: usize, compute_bytes: usize) -> Moment {
     let bytes = |per_token: usize| Bytes::of(per_token * tokens, compute_bytes);
     let first = first_trained(layers);
-    let kept_of = |i: usize, layer: &LayerLoad| {
+    // What stays of a layer when its forward is done, and what goes.
+    let stays = |i: usize, layer: &LayerLoad| {
         let LayerActivations { kept, output, .. } = layer.activations;
-        bytes(if i < first { output } else { kept + output })
+        match i.checked_sub(first) {
+            // Nothing goes backward through it: its input goes, and only the last one's output stays.
+            None => {
+                let input = if i > 0 { layers[i - 1].activations.output } else { 0 };
+                if i + 1 == first { (output, input) } else { (0, input + output) }
+            }
+            // The forward pass holds less without a graph; a bound, for its backward will hold more.
+            Some(_) if layer.policy.recomputes() => (output, kept),
+            Some(_) => (kept + output, 0),
+        }
     };
     let mut peak = Moment::default();
     let mut kept = vec![Bytes(0)];
     for (i, layer) in layers.iter().enumerate() {
-        let now = kept[i] + kept_of(i, layer);
+        let (stays, goes) = stays(i, layer);
+        let now = kept[i] + bytes(stays);
         kept.push(now);
-        let temporaries = bytes(layer.activations.forward);
+        let temporaries =
+            bytes(layer.activations.forward + goes) + Bytes::of(layer.activations.fixed, compute_bytes);
         peak.raise_to(Moment { activations: now, layer_grads: Bytes(0), temporaries });
     }
 
@@ -120,7 +141,8 @@ pub(super) fn peak(layers: &[LayerLoad], tokens: usize, compute_bytes: usize) ->
         let own: Bytes = layer.trained.iter().map(|&(_, _, numel)| Bytes::of(numel, compute_bytes)).sum();
         let layer_grads = waiting.values().copied().sum::<Bytes>() + own;
         let temporaries = bytes(layer.activations.backward) + doutput + dinput;
-        peak.raise_to(Moment { activations: kept[i + 1], layer_grads, temporaries });
+        let again = if layer.policy.recomputes() { bytes(layer.activations.kept) } else { Bytes(0) };
+        peak.raise_to(Moment { activations: kept[i + 1] + again, layer_grads, temporaries });
         for &(unit, slot, numel) in &layer.trained {
             let grad = Bytes::of(numel, compute_bytes);
             if waiting.insert((unit, slot), grad).is_some() {
@@ -159,7 +181,7 @@ mod tests {
 
     fn peak_of(layers: &[LayerSpec], frozen: &str, activations: &[LayerActivations]) -> Moment {
         let units = units_of(layers, 2, |name| name == frozen);
-        peak(&layer_loads(layers, &units, activations), 1, 1)
+        peak(&layer_loads(layers, &units, activations, &ActivationRules::default()), 1, 1)
     }
 
     #[test]
@@ -168,8 +190,8 @@ mod tests {
         layers[2].params = vec![ParamSpec::new("head", "w", &[50], Init::Zeros)];
         let activations = [
             LayerActivations { output: 10, ..LayerActivations::default() },
-            LayerActivations { kept: 1000, output: 10, forward: 3, backward: 5 },
-            LayerActivations { kept: 200, output: 0, forward: 200, backward: 7 },
+            LayerActivations { kept: 1000, output: 10, forward: 3, backward: 5, fixed: 0 },
+            LayerActivations { kept: 200, output: 0, forward: 100, backward: 7, fixed: 100 },
         ];
         // The head's forward holds its temporaries: 1220 + 200. Its backward: 1220, 50 gradients, 7 + 10 for the input's.
         let moment = peak_of(&layers, "", &activations);
@@ -178,7 +200,7 @@ mod tests {
             Moment { activations: Bytes(1220), layer_grads: Bytes(0), temporaries: Bytes(200) }
         );
         let mut less = activations;
-        less[2].forward = 20;
+        (less[2].forward, less[2].fixed) = (20, 0);
         let moment = peak_of(&layers, "", &less);
         assert_eq!(
             moment,
@@ -198,9 +220,35 @@ mod tests {
     fn layers_before_the_first_trained_one_keep_their_output_only() {
         let mut layers = tied_layers();
         layers.pop();
-        let activations = [LayerActivations { kept: 1000, output: 10, forward: 0, backward: 0 }; 2];
+        let activations = [LayerActivations { kept: 1000, output: 10, ..LayerActivations::default() }; 2];
         let moment = peak_of(&layers, "embed.w", &activations);
         assert_eq!(moment.activations, Bytes(10 + 1010));
         assert_eq!(moment.layer_grads, Bytes(100));
+    }
+
+    #[test]
+    fn recomputed_layers_hold_their_inputs_and_one_of_them_the_rest() {
+        let layer = |name: &str| LayerSpec {
+            name: name.into(),
+            params: vec![ParamSpec::new(name, "w", &[100], Init::Zeros)],
+        };
+        let layers: Vec<_> = ["embed", "h.0", "h.1", "h.2", "head"].map(layer).into();
+        let block = LayerActivations { kept: 1000, output: 10, forward: 3, backward: 5, fixed: 0 };
+        let embed = LayerActivations { output: 10, ..LayerActivations::default() };
+        let head = LayerActivations { kept: 20, ..LayerActivations::default() };
+        let activations = [embed, block, block, block, head];
+        let units = units_of(&layers, 2, |_| false);
+        let at = |policy| {
+            let rules = ActivationRules::all(policy);
+            peak(&layer_loads(&layers, &units, &activations, &rules), 1, 1)
+        };
+        let kept = at(ActivationPolicy::Keep);
+        assert_eq!(kept.activations, Bytes(4 * 10 + 3 * 1000 + 20));
+        // The backward of the last block: four outputs, and its own graph.
+        let recomputed = at(ActivationPolicy::Recompute);
+        let expected =
+            Moment { activations: Bytes(4 * 10 + 1000), layer_grads: Bytes(100), temporaries: Bytes(5 + 20) };
+        assert_eq!(recomputed, expected);
+        assert_eq!(at(ActivationPolicy::Offload), expected);
     }
 }

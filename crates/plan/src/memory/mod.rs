@@ -12,6 +12,7 @@
 //! | what ranks show each other | shared | always |
 //! | libtorch and this program | the process | always |
 
+mod head;
 mod layers;
 mod state;
 
@@ -20,6 +21,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+pub use head::HeadShape;
 pub(crate) use layers::first_trained;
 pub use layers::{LayerActivations, LayerLoad, layer_loads};
 pub use state::{ModelState, StateWidths};
@@ -29,9 +31,6 @@ use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
 /// A process that has loaded libtorch and trained a model of no size: code and read-only data that were touched (about 75
 /// MiB), libtorch's registry of operators on the heap (60), threads, its kernels' scratch memory and our own binary.
 const RUNTIME: Bytes = Bytes(150 << 20);
-
-/// Bytes of an element of a sum of gradients.
-const SUM_BYTES: usize = 4;
 
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
 pub const NUM_REDUCING: usize = 3;
@@ -50,6 +49,10 @@ pub struct Workload<'a> {
     pub num_ranks: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// Bytes of the optimizer's states of an element.
+    pub optimizer_bytes: usize,
+    /// Bytes of an element of a sum of gradients.
+    pub grad_bytes: usize,
     /// Tokens of one micro-batch.
     pub microbatch_tokens: usize,
     /// Micro-batches in a step.
@@ -91,7 +94,7 @@ impl MemoryPlan {
     pub fn new(load: &Workload<'_>, stage: ZeroStage) -> Self {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment = layers::peak(load.layers, load.microbatch_tokens, load.compute_bytes);
-        let widths = StateWidths::adamw(load.compute_bytes);
+        let widths = StateWidths::new(load.compute_bytes, load.optimizer_bytes, load.grad_bytes);
         let staging = if load.num_ranks > 1 { STAGING } else { Bytes(0) };
         let mut plan = MemoryPlan {
             stage,
@@ -141,8 +144,9 @@ impl Workload<'_> {
         let whole = || units().map(|unit| unit.padded_numel);
         let shards = || units().map(UnitLayout::shard_numel);
         let accumulates = self.grad_accum_steps > 1;
-        let added =
-            |at_a_time| if accumulates { of_each_size(shards(), at_a_time, SUM_BYTES) } else { Bytes(0) };
+        let added = |at_a_time| {
+            if accumulates { of_each_size(shards(), at_a_time, self.grad_bytes) } else { Bytes(0) }
+        };
         match (self.overlap, stage) {
             (Overlap::Inline, ZeroStage::Zero) => Bytes(0),
             (Overlap::Inline, _) => added(1),
@@ -192,7 +196,7 @@ impl fmt::Display for MemoryPlan {
 mod tests {
     use super::*;
     use crate::layout::units_of;
-    use crate::{Init, LayerSpec, ParamSpec};
+    use crate::{ActivationRules, Init, LayerSpec, ParamSpec};
 
     /// Five layers of 640, 64, 64, 64 and 64 elements.
     fn plan(stage: ZeroStage, grad_accum_steps: usize, overlap: Overlap) -> MemoryPlan {
@@ -207,13 +211,15 @@ mod tests {
         };
         let layers: Vec<_> = (0..5).map(layer).collect();
         let units = units_of(&layers, 2, |_| false);
-        let activations = [LayerActivations { kept: 7, output: 1, forward: 0, backward: 0 }; 5];
-        let layers = layer_loads(&layers, &units, &activations);
+        let activations = [LayerActivations { kept: 7, output: 1, ..LayerActivations::default() }; 5];
+        let layers = layer_loads(&layers, &units, &activations, &ActivationRules::default());
         let load = Workload {
             units: &units,
             layers: &layers,
             num_ranks: 2,
             compute_bytes: 2,
+            optimizer_bytes: 8,
+            grad_bytes: 4,
             microbatch_tokens: 100,
             grad_accum_steps,
             overlap,

@@ -21,8 +21,14 @@ impl StateWidths {
     /// AdamW in fp32 with gradients summed in fp32, for layers that compute in elements of `compute_bytes`. In fp32 the
     /// compute copy is the master copy.
     pub const fn adamw(compute_bytes: usize) -> Self {
+        StateWidths::new(compute_bytes, 8, 4)
+    }
+
+    /// Layers that compute in elements of `compute_bytes`, an optimizer with `optimizer` bytes of states for each element, and
+    /// gradients summed in elements of `grads` bytes.
+    pub const fn new(compute_bytes: usize, optimizer: usize, grads: usize) -> Self {
         let master_params = if compute_bytes < 4 { 4 } else { 0 };
-        StateWidths { params: compute_bytes, master_params, optimizer: 8, grads: 4 }
+        StateWidths { params: compute_bytes, master_params, optimizer, grads }
     }
 }
 

@@ -9,6 +9,7 @@ use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
 use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
+use crate::tensor::{SplitUnits, TensorSplit};
 
 /// What a GPT-2 `config.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -31,6 +32,12 @@ pub struct Gpt2Config {
     pub tie_word_embeddings: bool,
     /// Standard deviation of new weights.
     pub initializer_range: f64,
+    /// Dropout, while training, of what a block's two branches add to the residual.
+    pub resid_pdrop: f64,
+    /// Of the sum of the embeddings.
+    pub embd_pdrop: f64,
+    /// Of the attention's probabilities.
+    pub attn_pdrop: f64,
 }
 
 impl Gpt2Config {
@@ -49,9 +56,6 @@ impl Gpt2Config {
             "scores are scaled alike in every layer",
         )?;
         read.only("add_cross_attention", &[json!(false)], "only the decoder is built")?;
-        for (key, default) in [("resid_pdrop", 0.1), ("embd_pdrop", 0.1), ("attn_pdrop", 0.1)] {
-            read.no_dropout(key, default)?;
-        }
         let (n_embd, n_head) = (read.size("n_embd")?, read.size("n_head")?);
         if !n_embd.is_multiple_of(n_head) {
             return Err(invalid(
@@ -70,13 +74,17 @@ impl Gpt2Config {
             layer_norm_epsilon: read.number_or("layer_norm_epsilon", 1e-5)?,
             tie_word_embeddings: read.flag_or("tie_word_embeddings", true)?,
             initializer_range: read.number_or("initializer_range", 0.02)?,
+            resid_pdrop: read.dropout_or("resid_pdrop", 0.1)?,
+            embd_pdrop: read.dropout_or("embd_pdrop", 0.1)?,
+            attn_pdrop: read.dropout_or("attn_pdrop", 0.1)?,
         })
     }
 
     /// Embeddings, blocks, head (with the final norm).
     pub fn layers(&self) -> Vec<LayerSpec> {
         let d = self.n_embd;
-        let embedding = ParamSpec::new("transformer", "wte.weight", &[self.vocab_size, d], self.init());
+        let embedding = ParamSpec::new("transformer", "wte.weight", &[self.vocab_size, d], self.init())
+            .split(TensorSplit::VOCABULARY);
         let positions = ParamSpec::new("transformer", "wpe.weight", &[self.n_positions, d], self.init());
         let mut head = LayerSpec {
             name: "lm_head".into(),
@@ -87,7 +95,8 @@ impl Gpt2Config {
         };
         head.params.push(match self.tie_word_embeddings {
             true => ParamSpec { key: "weight".into(), ..embedding.clone() },
-            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, d], self.init()),
+            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, d], self.init())
+                .split(TensorSplit::VOCABULARY),
         });
         let mut layers =
             vec![LayerSpec { name: "transformer.embeddings".into(), params: vec![embedding, positions] }];
@@ -102,20 +111,25 @@ impl Gpt2Config {
         // Residual branches are born smaller, by the square root of how many there are.
         let residual = normal(self.initializer_range / (2.0 * self.n_layer as f64).sqrt());
         let mut params = Vec::new();
-        let mut push =
-            |key: &str, shape: &[usize], init| params.push(ParamSpec::new(&name, key, shape, init));
-        push("ln_1.weight", &[d], Init::Ones);
-        push("ln_1.bias", &[d], Init::Zeros);
-        push("attn.c_attn.weight", &[d, 3 * d], self.init());
-        push("attn.c_attn.bias", &[3 * d], Init::Zeros);
-        push("attn.c_proj.weight", &[d, d], residual);
-        push("attn.c_proj.bias", &[d], Init::Zeros);
-        push("ln_2.weight", &[d], Init::Ones);
-        push("ln_2.bias", &[d], Init::Zeros);
-        push("mlp.c_fc.weight", &[d, f], self.init());
-        push("mlp.c_fc.bias", &[f], Init::Zeros);
-        push("mlp.c_proj.weight", &[f, d], residual);
-        push("mlp.c_proj.bias", &[d], Init::Zeros);
+        let mut push = |key: &str, shape: &[usize], init, split: Option<TensorSplit>| {
+            params.push(ParamSpec { split, ..ParamSpec::new(&name, key, shape, init) });
+        };
+        // Matrices are `[in, out]`. Biases of those that are cut by their inputs are whole: they are added once, to the sum.
+        let heads = TensorSplit::of(0, SplitUnits::Heads(self.n_head));
+        let features = TensorSplit::of(0, SplitUnits::Features);
+        let by_outputs = |split: TensorSplit| Some(TensorSplit { dim: 1, ..split });
+        push("ln_1.weight", &[d], Init::Ones, None);
+        push("ln_1.bias", &[d], Init::Zeros, None);
+        push("attn.c_attn.weight", &[d, 3 * d], self.init(), by_outputs(heads.blocks(3)));
+        push("attn.c_attn.bias", &[3 * d], Init::Zeros, Some(heads.blocks(3)));
+        push("attn.c_proj.weight", &[d, d], residual, Some(heads));
+        push("attn.c_proj.bias", &[d], Init::Zeros, None);
+        push("ln_2.weight", &[d], Init::Ones, None);
+        push("ln_2.bias", &[d], Init::Zeros, None);
+        push("mlp.c_fc.weight", &[d, f], self.init(), by_outputs(features));
+        push("mlp.c_fc.bias", &[f], Init::Zeros, Some(features));
+        push("mlp.c_proj.weight", &[f, d], residual, Some(features));
+        push("mlp.c_proj.bias", &[d], Init::Zeros, None);
         LayerSpec { name, params }
     }
 
@@ -123,12 +137,15 @@ impl Gpt2Config {
         normal(self.initializer_range)
     }
 
-    pub(super) fn block_activations(&self) -> LayerActivations {
+    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
         let (d, f) = (self.n_embd, self.n_inner);
         // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
         // its activation.
         let kept = 3 * d + 3 * d + d + 2 * f;
-        LayerActivations { kept, output: d, forward: d, backward: (2 * f).max(4 * d) }
+        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
+        let probabilities = if self.attn_pdrop > 0.0 { 2 * self.n_head * seq_len } else { 0 };
+        let backward = (2 * f).max(4 * d + probabilities);
+        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 
@@ -146,12 +163,14 @@ mod tests {
     }
 
     #[test]
-    fn its_default_dropout_is_refused_with_the_mend() {
-        let json = json!({"vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2});
-        let error = Gpt2Config::from_json(&json).unwrap_err().to_string();
-        assert!(
-            error.starts_with("`resid_pdrop` is `0.1`, which is not supported yet; write it as `0.0`"),
-            "{error}"
-        );
+    fn dropout_is_a_tenth_unless_the_file_says_otherwise() {
+        let mut json = json!({"vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "embd_pdrop": 0.0});
+        let config = Gpt2Config::from_json(&json).unwrap();
+        assert_eq!((config.resid_pdrop, config.embd_pdrop, config.attn_pdrop), (0.1, 0.0, 0.1));
+        for (rate, shown) in [(json!(1.0), "`1.0`"), (json!(-0.1), "`-0.1`"), (json!("no"), "`no`")] {
+            json["attn_pdrop"] = rate;
+            let error = Gpt2Config::from_json(&json).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("`attn_pdrop` is {shown}, expected a number")), "{error}");
+        }
     }
 }

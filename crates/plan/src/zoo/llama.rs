@@ -7,6 +7,7 @@ use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
 use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
+use crate::tensor::{SplitUnits, TensorSplit};
 
 /// What a Llama `config.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -41,6 +42,8 @@ pub struct LlamaConfig {
     pub mlp_bias: bool,
     /// Standard deviation of new weights.
     pub initializer_range: f64,
+    /// Dropout of the attention's probabilities while training.
+    pub attention_dropout: f64,
 }
 
 /// Llama 3's scaling of rotary frequencies.
@@ -65,7 +68,6 @@ impl LlamaConfig {
         let read = Reader(json);
         read.only("hidden_act", &[json!("silu"), json!("swish")], "the MLP is gated with `silu`")?;
         read.only("pretraining_tp", &[json!(1)], "only `1` computes what a plain matrix product does")?;
-        read.no_dropout("attention_dropout", 0.0)?;
         let hidden_size = read.size("hidden_size")?;
         let num_attention_heads = read.size("num_attention_heads")?;
         let num_key_value_heads = read.size_or("num_key_value_heads", Some(num_attention_heads))?;
@@ -105,13 +107,15 @@ impl LlamaConfig {
             attention_bias: read.flag_or("attention_bias", false)?,
             mlp_bias: read.flag_or("mlp_bias", false)?,
             initializer_range: read.number_or("initializer_range", 0.02)?,
+            attention_dropout: read.dropout_or("attention_dropout", 0.0)?,
         })
     }
 
     /// Embedding, blocks, head (with the final norm).
     pub fn layers(&self) -> Vec<LayerSpec> {
         let embed = "model.embed_tokens";
-        let embedding = ParamSpec::new(embed, "weight", &[self.vocab_size, self.hidden_size], self.init());
+        let embedding = ParamSpec::new(embed, "weight", &[self.vocab_size, self.hidden_size], self.init())
+            .split(TensorSplit::VOCABULARY);
         let mut head = LayerSpec {
             name: "lm_head".into(),
             params: vec![ParamSpec {
@@ -121,7 +125,8 @@ impl LlamaConfig {
         };
         head.params.push(match self.tie_word_embeddings {
             true => ParamSpec { key: "weight".into(), ..embedding.clone() },
-            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, self.hidden_size], self.init()),
+            false => ParamSpec::new("lm_head", "weight", &[self.vocab_size, self.hidden_size], self.init())
+                .split(TensorSplit::VOCABULARY),
         });
         let mut layers = vec![LayerSpec { name: embed.into(), params: vec![embedding] }];
         layers.extend((0..self.num_hidden_layers).map(|i| self.block(i)));
@@ -134,19 +139,25 @@ impl LlamaConfig {
         let (d, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         let mut params = vec![ParamSpec::new(&name, "input_layernorm.weight", &[d], Init::Ones)];
-        let mut linear = |key: &str, out: usize, input: usize, bias: bool| {
-            params.push(ParamSpec::new(&name, &format!("{key}.weight"), &[out, input], self.init()));
+        let mut linear = |key: &str, [out, input]: [usize; 2], bias: bool, split: TensorSplit| {
+            let weight = ParamSpec::new(&name, &format!("{key}.weight"), &[out, input], self.init());
+            params.push(weight.split(split));
             if bias {
-                params.push(ParamSpec::new(&name, &format!("{key}.bias"), &[out], Init::Zeros));
+                let bias = ParamSpec::new(&name, &format!("{key}.bias"), &[out], Init::Zeros);
+                // Where inputs are cut, the bias is whole: it is added once, to the sum.
+                params.push(if split.dim == 0 { bias.split(split) } else { bias });
             }
         };
-        linear("self_attn.q_proj", q, d, self.attention_bias);
-        linear("self_attn.k_proj", kv, d, self.attention_bias);
-        linear("self_attn.v_proj", kv, d, self.attention_bias);
-        linear("self_attn.o_proj", d, q, self.attention_bias);
-        linear("mlp.gate_proj", f, d, self.mlp_bias);
-        linear("mlp.up_proj", f, d, self.mlp_bias);
-        linear("mlp.down_proj", d, f, self.mlp_bias);
+        let heads = TensorSplit::of(0, SplitUnits::Heads(self.num_attention_heads));
+        let kv_heads = TensorSplit::of(0, SplitUnits::SharedHeads(self.num_key_value_heads));
+        let by_heads = TensorSplit { dim: 1, ..heads };
+        linear("self_attn.q_proj", [q, d], self.attention_bias, heads);
+        linear("self_attn.k_proj", [kv, d], self.attention_bias, kv_heads);
+        linear("self_attn.v_proj", [kv, d], self.attention_bias, kv_heads);
+        linear("self_attn.o_proj", [d, q], self.attention_bias, by_heads);
+        linear("mlp.gate_proj", [f, d], self.mlp_bias, TensorSplit::OUT_IN_COLUMN);
+        linear("mlp.up_proj", [f, d], self.mlp_bias, TensorSplit::OUT_IN_COLUMN);
+        linear("mlp.down_proj", [d, f], self.mlp_bias, TensorSplit::OUT_IN_ROW);
         params.push(ParamSpec::new(&name, "post_attention_layernorm.weight", &[d], Init::Ones));
         LayerSpec { name, params }
     }
@@ -155,14 +166,18 @@ impl LlamaConfig {
         normal(self.initializer_range)
     }
 
-    pub(super) fn block_activations(&self) -> LayerActivations {
+    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
         let (d, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         // Two normalised inputs and the residual between; q, k, v after rotation, the attention's output; gate, up and
         // their product.
         let kept = 3 * d + q + 2 * kv + q + 3 * f;
         // Backward: gradients of the MLP's three, or those of q, k, v and the attention's output with what the kernel sums in.
-        LayerActivations { kept, output: d, forward: d, backward: (3 * f).max(2 * (q + kv)) }
+        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
+        let is_dropped = self.attention_dropout > 0.0;
+        let probabilities = if is_dropped { 2 * self.num_attention_heads * seq_len } else { 0 };
+        let backward = (3 * f).max(2 * (q + kv) + probabilities);
+        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 
@@ -233,7 +248,7 @@ mod tests {
         for (key, value, expected) in [
             ("hidden_act", json!("gelu"), "`hidden_act` is `gelu`, which is not supported yet"),
             ("rope_scaling", json!({"type": "yarn"}), "`rope_scaling.rope_type` is `yarn`"),
-            ("attention_dropout", json!(0.1), "`attention_dropout` is `0.1`"),
+            ("attention_dropout", json!(1.5), "`attention_dropout` is `1.5`, expected a number from 0"),
             ("num_key_value_heads", json!(5), "`num_key_value_heads` is `5`, expected a divisor"),
             ("num_attention_heads", json!(7), "`num_attention_heads` is `7`, expected a divisor"),
             ("hidden_size", json!("big"), "`hidden_size` is `big`, expected a positive whole number"),

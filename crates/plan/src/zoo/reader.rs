@@ -60,15 +60,11 @@ impl Reader<'_> {
         }
     }
 
-    /// Refuses a rate above zero; absent is `default`.
-    pub fn no_dropout(&self, key: &'static str, default: f64) -> Result<(), ModelConfigError> {
+    /// A share of elements to drop, or `default` when absent.
+    pub fn dropout_or(&self, key: &'static str, default: f64) -> Result<f64, ModelConfigError> {
         match self.number_or(key, default)? {
-            0.0 => Ok(()),
-            rate => Err(ModelConfigError::Unsupported {
-                key,
-                got: rate.to_string(),
-                instead: "write it as `0.0` in `config.json` to train without dropout",
-            }),
+            rate if (0.0..1.0).contains(&rate) => Ok(rate),
+            rate => Err(invalid(key, &rate.into(), "a number from 0 to below 1")),
         }
     }
 }

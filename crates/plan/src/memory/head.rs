@@ -1,0 +1,93 @@
+//! How a language model's head is cut into chunks of rows.
+//!
+//! The scores of all rows over the vocabulary are often the largest tensor of a step. The head's gradients are known as soon
+//! as a row's scores are, so it takes some rows at a time: scores, loss, gradients, and the same memory for the next rows.
+//! The gradient of the weight is a sum over the chunks; where weights have 16 bits it is summed in fp32, which costs memory
+//! of its own. So rows are cut only where that is the lesser cost.
+
+use crate::Bytes;
+
+/// Scores of this size are made at a time: well beyond any cache, so that matrix products are as fast as whole, and small
+/// beside a model whose head has that many.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// Rows of a chunk, at least: each chunk passes over the gradient of the weight, 12 bytes of traffic an element against six
+/// operations for each row.
+const MIN_CHUNK_ROWS: usize = 512;
+
+/// Bytes of an element of the sums over chunks.
+const SUM_BYTES: usize = 4;
+
+/// A head at work on the rows (tokens) of one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Tokens.
+    pub num_rows: usize,
+    /// Width of a token's vector.
+    pub width: usize,
+    /// Scores of a token.
+    pub num_classes: usize,
+    /// Bytes of an element of vectors, weights and scores.
+    pub element_bytes: usize,
+}
+
+impl HeadShape {
+    /// Rows to take at a time: all of them, if cutting would not save memory.
+    pub fn chunk_rows(&self) -> usize {
+        let row_bytes = self.num_classes * self.element_bytes;
+        let rows = (CHUNK_BYTES / row_bytes.max(1)).max(MIN_CHUNK_ROWS);
+        if rows >= self.num_rows || self.needed(rows) >= self.needed(self.num_rows) {
+            return self.num_rows;
+        }
+        // Chunks of nearly equal size: a last one of a few rows would be slow.
+        self.num_rows.div_ceil(self.num_rows.div_ceil(rows))
+    }
+
+    /// The most that scores and the gradient of the weight need, taking `rows` at a time.
+    pub fn needed(&self, rows: usize) -> Bytes {
+        let scores = Bytes::of(rows * self.num_classes, self.element_bytes);
+        let numel = self.num_classes * self.width;
+        let grad = Bytes::of(numel, self.element_bytes);
+        if rows >= self.num_rows {
+            return scores + grad;
+        }
+        let sum = Bytes::of(numel, SUM_BYTES);
+        match self.element_bytes {
+            SUM_BYTES => scores + sum,
+            // In the end the scores are gone, and the sum is rounded into the gradient.
+            _ => sum + scores.max(grad),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(num_rows: usize, width: usize, num_classes: usize, element_bytes: usize) -> HeadShape {
+        HeadShape { num_rows, width, num_classes, element_bytes }
+    }
+
+    #[test]
+    fn rows_are_cut_only_where_that_saves_memory() {
+        // 33.5 MB of scores: less than a chunk.
+        assert_eq!(head(1024, 1024, 16384, 2).chunk_rows(), 1024);
+        // GPT-2 at 8 samples of 1024: 824 MB of scores, 667 rows a chunk at most.
+        assert_eq!(head(8192, 768, 50257, 2).chunk_rows(), 8192usize.div_ceil(13));
+        // At one sample: the fp32 sum of the gradient is more than half of the scores.
+        assert_eq!(head(1024, 768, 50257, 2).chunk_rows(), 1024);
+        // In fp32 the sum is the gradient itself.
+        assert_eq!(head(1024, 768, 50257, 4).chunk_rows(), 512);
+        // A large vocabulary: never fewer than so many rows.
+        assert_eq!(head(1 << 16, 4096, 1 << 18, 2).chunk_rows(), 512);
+        assert_eq!(head(0, 4, 4, 2).chunk_rows(), 0);
+    }
+
+    #[test]
+    fn what_is_needed_does_not_grow_with_the_rows() {
+        let (few, many) = (head(1 << 14, 768, 50257, 2), head(1 << 18, 768, 50257, 2));
+        let (few, many) = (few.needed(few.chunk_rows()), many.needed(many.chunk_rows()));
+        assert!(many.0.abs_diff(few.0) < few.0 / 20, "{few} {many}");
+        assert!(many.0 < head(1 << 18, 768, 50257, 2).needed(1 << 18).0 / 50);
+    }
+}

@@ -1,0 +1,248 @@
+//! What a model costs where its layers are spread: operations of each layer, and activations on a tensor-parallel rank.
+
+use serde::Serialize;
+
+use super::ModelConfig;
+use crate::memory::{HeadShape, LayerActivations};
+use crate::tensor::SplitError;
+
+/// What tensor-parallel ranks keep between linear layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SequenceParallel {
+    /// Every rank has all tokens.
+    Off,
+    /// Each rank has its share of the tokens: norms and residuals are split too.
+    ///
+    /// # Source
+    /// Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198) section 4.2.2.
+    On,
+}
+
+/// The widths that a block's cost follows from.
+struct Block {
+    hidden: usize,
+    /// Of all query heads.
+    query: usize,
+    /// Of all key heads, and of all value heads.
+    key_value: usize,
+    num_kv_heads: usize,
+    intermediate: usize,
+    /// Matrices as wide as the MLP: with a gate three, without two.
+    num_mlp_matrices: usize,
+    num_heads: usize,
+    /// Whether attention drops probabilities, and so has to hold them.
+    drops_attention: bool,
+}
+
+impl ModelConfig {
+    fn block(&self) -> Block {
+        match self {
+            ModelConfig::Llama(config) => Block {
+                hidden: config.hidden_size,
+                query: config.num_attention_heads * config.head_dim,
+                key_value: config.num_key_value_heads * config.head_dim,
+                num_kv_heads: config.num_key_value_heads,
+                intermediate: config.intermediate_size,
+                num_mlp_matrices: 3,
+                num_heads: config.num_attention_heads,
+                drops_attention: config.attention_dropout > 0.0,
+            },
+            ModelConfig::Gpt2(config) => Block {
+                hidden: config.n_embd,
+                query: config.n_embd,
+                key_value: config.n_embd,
+                num_kv_heads: config.n_head,
+                intermediate: config.n_inner,
+                num_mlp_matrices: 2,
+                num_heads: config.n_head,
+                drops_attention: config.attn_pdrop > 0.0,
+            },
+        }
+    }
+
+    /// Blocks between the embedding and the head.
+    pub fn num_blocks(&self) -> usize {
+        match self {
+            ModelConfig::Llama(config) => config.num_hidden_layers,
+            ModelConfig::Gpt2(config) => config.n_layer,
+        }
+    }
+
+    /// Floating-point operations of each of [`ModelConfig::layers`] for one token's forward pass, in samples of `seq_len` tokens: two for
+    /// each element of a matrix, and attention over the tokens before. The backward pass takes twice as many.
+    pub fn forward_flops(&self, seq_len: usize) -> Vec<u64> {
+        let Block { hidden: d, query: q, key_value: kv, intermediate: f, num_mlp_matrices, .. } =
+            self.block();
+        let matrices = 2 * d * q + 2 * d * kv + num_mlp_matrices * d * f;
+        // Scores and weighted values, each over half of the sample on average.
+        let attention = 2 * q * seq_len;
+        let block = (2 * matrices + attention) as u64;
+        let head = (2 * d * self.vocab_size()) as u64;
+        let blocks = std::iter::repeat_n(block, self.num_blocks());
+        // An embedding looks up.
+        std::iter::once(0).chain(blocks).chain([head]).collect()
+    }
+
+    /// What each of [`ModelConfig::layers`] holds on one of `degree` tensor-parallel ranks while a micro-batch goes through it; on
+    /// one rank that is [`ModelConfig::activations`].
+    pub fn activations_on(
+        &self,
+        degree: usize,
+        sequence: SequenceParallel,
+        micro_batch: usize,
+        seq_len: usize,
+        compute_bytes: usize,
+    ) -> Vec<LayerActivations> {
+        let widths = self.block();
+        let d = widths.hidden;
+        let share = |width: usize| width.div_ceil(degree);
+        let q = share(widths.query);
+        let kv = widths.key_value / widths.num_kv_heads * widths.num_kv_heads.div_ceil(degree);
+        let mlp = widths.num_mlp_matrices * share(widths.intermediate);
+        let probabilities = if widths.drops_attention { 2 * share(widths.num_heads) * seq_len } else { 0 };
+        let between = match sequence {
+            SequenceParallel::Off => d,
+            SequenceParallel::On => share(d),
+        };
+        // Two normalised inputs and the residual; q, k, v and the attention's output; the MLP's own.
+        let kept = 3 * between + 2 * q + 2 * kv + mlp + probabilities;
+        let attention = match self {
+            ModelConfig::Llama(_) => 2 * (q + kv),
+            ModelConfig::Gpt2(_) => 4 * q,
+        };
+        // Split tokens are gathered for a linear layer, and again for its backward.
+        let gathered = if between < d { d } else { 0 };
+        let backward = mlp.max(attention + probabilities) + gathered;
+        let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
+        let embedding = LayerActivations { output: between, ..LayerActivations::default() };
+        let shape = HeadShape {
+            num_rows: micro_batch * seq_len,
+            width: d,
+            num_classes: share(self.vocab_size()),
+            element_bytes: compute_bytes,
+        };
+        let fixed = shape.needed(shape.chunk_rows()).0 as usize / compute_bytes.max(1);
+        let head = LayerActivations { kept: between, forward: d, fixed, ..LayerActivations::default() };
+        let blocks = std::iter::repeat_n(block, self.num_blocks());
+        std::iter::once(embedding).chain(blocks).chain([head]).collect()
+    }
+
+    /// Whether every parameter can be cut over `degree` tensor-parallel ranks.
+    ///
+    /// # Errors
+    /// [`SplitError`] of the first that cannot.
+    pub fn check_tensor(&self, degree: usize) -> Result<(), SplitError> {
+        self.layers().iter().flat_map(|layer| &layer.params).try_for_each(|param| param.check_split(degree))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn models() -> [ModelConfig; 2] {
+        let llama = json!({"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192,
+                           "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+                           "attention_bias": true});
+        let gpt2 = json!({"model_type": "gpt2", "vocab_size": 1001, "n_embd": 64, "n_layer": 3, "n_head": 8});
+        [llama, gpt2].map(|json| ModelConfig::from_json(&json).unwrap())
+    }
+
+    #[test]
+    fn one_rank_holds_what_a_rank_alone_holds() {
+        for model in models() {
+            for sequence in [SequenceParallel::Off, SequenceParallel::On] {
+                let alone = model.activations_on(1, sequence, 3, 256, 2);
+                assert_eq!(alone, model.activations(3, 256, 2));
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_share_what_is_cut() {
+        let [llama, _] = models();
+        let block = |degree, sequence| llama.activations_on(degree, sequence, 1, 256, 2)[1];
+        let (one, four) = (block(1, SequenceParallel::Off), block(4, SequenceParallel::Off));
+        // 2 key and value heads of width 8: each of 4 ranks has one.
+        assert_eq!(one.kept, 3 * 64 + 2 * 64 + 2 * 16 + 3 * 192);
+        assert_eq!(four.kept, 3 * 64 + 2 * 16 + 2 * 8 + 3 * 48);
+        assert_eq!(block(4, SequenceParallel::On).kept, 3 * 16 + 2 * 16 + 2 * 8 + 3 * 48);
+        assert_eq!(block(4, SequenceParallel::On).output, 16);
+    }
+
+    #[test]
+    fn operations_are_two_for_each_element_of_a_matrix() {
+        for model in models() {
+            let flops = model.forward_flops(0);
+            for (layer, flops) in model.layers().iter().zip(flops).skip(1) {
+                let elements =
+                    |param: &crate::ParamSpec| if param.shape.len() == 2 { param.numel() } else { 0 };
+                assert_eq!(
+                    flops,
+                    2 * layer.params.iter().map(elements).sum::<usize>() as u64,
+                    "{}",
+                    layer.name
+                );
+            }
+            assert!(model.forward_flops(10)[1] > model.forward_flops(0)[1]);
+        }
+    }
+
+    #[test]
+    fn shards_of_a_model_are_its_parameters() {
+        for model in models() {
+            for degree in [1, 2, 4, 8] {
+                model.check_tensor(degree).unwrap();
+                for layer in model.layers() {
+                    let local = |rank| layer.local(degree, rank).unwrap();
+                    for (i, param) in layer.params.iter().enumerate() {
+                        let sum: usize = (0..degree).map(|rank| local(rank).params[i].numel()).sum();
+                        let copies = param.split.map_or(degree, |split| split.num_sharers(degree));
+                        assert_eq!(sum, copies * param.numel(), "{} {degree}", param.name);
+                    }
+                }
+            }
+        }
+        let [llama, gpt2] = models();
+        let error = llama.check_tensor(3).unwrap_err().to_string();
+        assert!(error.starts_with("the `8` heads of `model.layers.0.self_attn.q_proj.weight`"), "{error}");
+        assert!(error.ends_with("expected one of `1`, `2`, `4`"), "{error}");
+        assert!(gpt2.check_tensor(16).is_err());
+    }
+
+    #[test]
+    fn matrices_are_cut_and_vectors_beside_the_sum_are_not() {
+        let [llama, gpt2] = models();
+        let whole = |model: &ModelConfig| -> Vec<String> {
+            let layers = model.layers();
+            let params = layers[..2].iter().chain(layers.last()).flat_map(|layer| &layer.params);
+            params.filter(|param| param.split.is_none()).map(|param| param.key.clone()).collect()
+        };
+        assert_eq!(
+            whole(&llama),
+            [
+                "input_layernorm.weight",
+                "self_attn.o_proj.bias",
+                "post_attention_layernorm.weight",
+                "norm.weight"
+            ]
+        );
+        assert_eq!(
+            whole(&gpt2),
+            [
+                "wpe.weight",
+                "ln_1.weight",
+                "ln_1.bias",
+                "attn.c_proj.bias",
+                "ln_2.weight",
+                "ln_2.bias",
+                "mlp.c_proj.bias",
+                "ln_f.weight",
+                "ln_f.bias"
+            ]
+        );
+    }
+}
