@@ -86,14 +86,14 @@ pub fn u64_at(seed: u64, name: &str, i: u64) -> u64 {
 
 /// The words of one (seed, name).
 #[derive(Debug, Clone, Copy)]
-struct Stream {
+pub(crate) struct Stream {
     key: [u32; 2],
     /// High half of the counter.
     name: [u32; 2],
 }
 
 impl Stream {
-    fn new(seed: u64, name: &str) -> Self {
+    pub fn new(seed: u64, name: &str) -> Self {
         Stream { key: halves(seed), name: halves(fnv1a(name.as_bytes())) }
     }
 
@@ -135,7 +135,7 @@ pub(crate) fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 }
 
 /// Turns the four words of a block into its four elements.
-trait Distribution: Copy + Send + Sync {
+pub(crate) trait Distribution: Copy + Send + Sync {
     fn sample(self, words: [u32; 4]) -> [f32; 4];
 }
 
@@ -238,10 +238,10 @@ fn sin_cos_turn(x: u32) -> (f64, f64) {
 }
 
 /// Elements computed together.
-const GROUP_NUMEL: usize = 4 * GROUP_BLOCKS;
+pub(crate) const GROUP_NUMEL: usize = 4 * GROUP_BLOCKS;
 const GROUP_BLOCKS: usize = 16;
 
-fn fill_with<D: Distribution>(
+pub(crate) fn fill_with<D: Distribution>(
     isa: Isa,
     threads: Threads,
     stream: Stream,
@@ -297,7 +297,11 @@ impl<D: Distribution> Kernel for Fill<'_, D> {
 
 /// The elements of `GROUP_BLOCKS` blocks.
 #[inline(always)]
-fn group<D: Distribution>(stream: Stream, distribution: D, first_block: u64) -> [f32; GROUP_NUMEL] {
+pub(crate) fn group<D: Distribution>(
+    stream: Stream,
+    distribution: D,
+    first_block: u64,
+) -> [f32; GROUP_NUMEL] {
     let mut words = [[0; GROUP_BLOCKS]; 4];
     for b in 0..GROUP_BLOCKS {
         let block = stream.words(first_block + b as u64);

@@ -1,0 +1,238 @@
+//! Dropout whose mask is computed, never kept.
+//!
+//! Whether element `i` is dropped is a pure function of (seed, name, `i`), by the generator of [`philox`](crate::philox). So
+//! the backward pass computes the mask again, a forward pass that runs twice drops the same elements twice, and a batch that
+//! is cut over ranks or micro-batches drops what the whole one would: each part begins at the index of its first element.
+//!
+//! ```text
+//! word(i) >= rate * 2^32 ?  out = x * scale  :  out = x * 0          scale = 1 / (1 - rate)
+//! ```
+//!
+//! Dropped elements are multiplied by zero rather than replaced: what is not a number stays seen.
+//!
+//! # Source
+//! Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014.
+
+use crate::isa::{Isa, Kernel};
+use crate::parallel::{Split, for_each_piece};
+use crate::philox::{Distribution, GROUP_NUMEL, Stream, fill_with, group};
+use crate::simd::Simd;
+use crate::simd::lanes::{Each, for_each, load, store};
+use crate::{Float, Threads};
+
+/// Which elements are dropped, and how much the others weigh.
+#[derive(Debug, Clone, Copy)]
+pub struct Mask {
+    stream: Stream,
+    first: u64,
+    keep: Keep,
+}
+
+impl Mask {
+    /// The mask of the elements from `first` on of the place `name` in a model.
+    ///
+    /// # Panics
+    /// If `rate` is not in `0.0..1.0`.
+    pub fn new(seed: u64, name: &str, first: u64, rate: f64) -> Self {
+        assert!((0.0..1.0).contains(&rate), "a rate of `{rate}`");
+        Mask { stream: Stream::new(seed, name), first, keep: Keep::new(rate) }
+    }
+
+    /// `out = x * mask`: what dropout does to activations, and to their gradients.
+    ///
+    /// # Panics
+    /// If the lengths differ, or the last index does not fit `u64`.
+    pub fn apply<T: Float>(&self, threads: Threads, x: &[T], out: &mut [T]) {
+        self.apply_with(Isa::best(), threads, x, out);
+    }
+
+    /// The mask itself: 0 where elements are dropped, the scale elsewhere.
+    ///
+    /// # Panics
+    /// If the last index does not fit `u64`.
+    pub fn fill(&self, threads: Threads, out: &mut [f32]) {
+        fill_with(Isa::best(), threads, self.stream, self.first, self.keep, out);
+    }
+
+    fn apply_with<T: Float>(&self, isa: Isa, threads: Threads, x: &[T], out: &mut [T]) {
+        assert_eq!(x.len(), out.len(), "elements against room for them");
+        assert!(self.first.checked_add(x.len() as u64).is_some(), "element numbers fit 64 bits");
+        for_each_piece(threads, Apply { mask: *self, x, out }, |piece| isa.run(piece));
+    }
+}
+
+/// A word drops its element if it is below a threshold.
+#[derive(Debug, Clone, Copy)]
+struct Keep {
+    threshold: u32,
+    scale: f32,
+}
+
+impl Keep {
+    fn new(rate: f64) -> Self {
+        const WORDS: f64 = 4_294_967_296.0;
+        let threshold = (rate * WORDS).round().min(WORDS - 1.0);
+        // Of the share that is kept by these words, so that the mean stays to the last bit.
+        Keep { threshold: threshold as u32, scale: (WORDS / (WORDS - threshold)) as f32 }
+    }
+}
+
+impl Distribution for Keep {
+    #[inline(always)]
+    fn sample(self, words: [u32; 4]) -> [f32; 4] {
+        words.map(|word| if word >= self.threshold { self.scale } else { 0.0 })
+    }
+}
+
+struct Apply<'a, T> {
+    mask: Mask,
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Float> Split for Apply<'_, T> {
+    fn numel(&self) -> usize {
+        self.x.len()
+    }
+    fn split_at(self, at: usize) -> (Self, Self) {
+        let (x, out) = (self.x.split_at(at), self.out.split_at_mut(at));
+        let later = Mask { first: self.mask.first + at as u64, ..self.mask };
+        (Apply { mask: self.mask, x: x.0, out: out.0 }, Apply { mask: later, x: x.1, out: out.1 })
+    }
+}
+
+impl<T: Float> Kernel for Apply<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Apply { mask: Mask { stream, first, keep }, mut x, mut out } = self;
+        let mut next = first;
+        while !x.is_empty() {
+            let skip = (next % GROUP_NUMEL as u64) as usize;
+            let weights = group(stream, keep, (next - skip as u64) / 4);
+            let take = (GROUP_NUMEL - skip).min(x.len());
+            let (now, later) = x.split_at(take);
+            let (out_now, out_later) = out.split_at_mut(take);
+            let mut product = Product { weights: &weights[skip..skip + take], x: now, out: out_now };
+            // SAFETY: all three slices have `take` elements.
+            unsafe { for_each(simd, take, &mut product) };
+            (x, out, next) = (later, out_later, next + take as u64);
+        }
+    }
+}
+
+/// `out = x * weights`.
+struct Product<'a, T> {
+    weights: &'a [f32],
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Float> Each for Product<'_, T> {
+    #[inline(always)]
+    unsafe fn each<S: Simd, const N: usize>(&mut self, simd: S, at: usize) {
+        // SAFETY: in range by the caller's promise.
+        unsafe {
+            let mut x: [_; N] = load(simd, self.x.as_ptr().add(at));
+            let weights: [_; N] = load(simd, self.weights.as_ptr().add(at));
+            for k in 0..N {
+                x[k] = simd.mul(x[k], weights[k]);
+            }
+            store(simd, self.out.as_mut_ptr().add(at), x);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::parallel::PIECE_NUMEL;
+    use crate::testing::{Number, bits, normal, ways};
+
+    fn mask(first: u64, numel: usize, rate: f64) -> Vec<f32> {
+        let mut mask = vec![f32::NAN; numel];
+        Mask::new(7, "h.0.mlp", first, rate).fill(Threads::ONE, &mut mask);
+        mask
+    }
+
+    fn check<T: Number>() {
+        let numel = 2 * PIECE_NUMEL + 77;
+        let x = normal::<T>("x", numel, 1.0);
+        for first in [0, 3, 64, (1 << 40) + 5] {
+            let expected: Vec<T> = (x.iter().zip(mask(first, numel, 0.1)))
+                .map(|(x, weight)| T::of(x.wide() as f32 * weight))
+                .collect();
+            for (isa, threads) in ways() {
+                let mut out = vec![T::of(f32::NAN); numel];
+                Mask::new(7, "h.0.mlp", first, 0.1).apply_with(isa, threads, &x, &mut out);
+                assert!(bits(&out) == bits(&expected), "{isa:?}, {threads:?}, from {first}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_and_number_of_threads_drops_the_same_elements() {
+        check::<f32>();
+        check::<bf16>();
+        check::<f16>();
+    }
+
+    proptest! {
+        /// A part has the mask that the whole has there.
+        #[test]
+        fn a_mask_does_not_depend_on_where_it_is_cut(first in 0u64..1 << 50, at in 0usize..300, numel in 0usize..300) {
+            let whole = mask(first, at + numel, 0.3);
+            prop_assert_eq!(&whole[at..], &mask(first + at as u64, numel, 0.3)[..]);
+        }
+    }
+
+    #[test]
+    fn the_share_is_the_rate_and_the_mean_is_kept() {
+        const NUMEL: usize = 1 << 20;
+        for rate in [0.0, 0.001, 0.1, 0.5, 0.9] {
+            let mask = mask(11, NUMEL, rate);
+            let dropped = mask.iter().filter(|&&weight| weight == 0.0).count() as f64 / NUMEL as f64;
+            let bound = 5.0 * (rate * (1.0 - rate) / NUMEL as f64).sqrt();
+            assert!((dropped - rate).abs() <= bound, "{dropped} dropped at a rate of {rate}");
+            let mean = mask.iter().map(|&weight| f64::from(weight)).sum::<f64>() / NUMEL as f64;
+            assert!((mean - 1.0).abs() <= bound / (1.0 - rate) + 1e-7, "{mean} at a rate of {rate}");
+            assert!(mask.iter().all(|&w| w == 0.0 || (f64::from(w) * (1.0 - rate) - 1.0).abs() < 1e-6));
+        }
+    }
+
+    #[test]
+    fn neighbours_places_and_seeds_are_independent() {
+        const NUMEL: usize = 1 << 18;
+        let is_dropped = |seed, name, first| {
+            let mut mask = vec![0.0; NUMEL];
+            Mask::new(seed, name, first, 0.5).fill(Threads::ONE, &mut mask);
+            mask.into_iter().map(|weight| weight == 0.0).collect::<Vec<_>>()
+        };
+        let one = is_dropped(1, "h.0.mlp", 0);
+        let others = [(1, "h.0.mlp", 1), (1, "h.0.mlp", 64), (1, "h.1.mlp", 0), (2, "h.0.mlp", 0)];
+        for (seed, name, first) in others {
+            let other = is_dropped(seed, name, first);
+            let agree = one.iter().zip(other).filter(|(a, b)| *a == b).count() as f64 / NUMEL as f64;
+            // Five standard errors of a fair coin.
+            assert!((agree - 0.5).abs() < 2.5 / (NUMEL as f64).sqrt(), "{agree}: {seed} {name} {first}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_is_not_hidden() {
+        let x = [f32::NAN; 100];
+        let mut out = [0.0; 100];
+        Mask::new(1, "x", 0, 0.9).apply(Threads::ONE, &x, &mut out);
+        assert!(out.iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    #[should_panic(expected = "a rate of `1`")]
+    fn everything_cannot_be_dropped() {
+        Mask::new(1, "x", 0, 1.0);
+    }
+}
