@@ -6,7 +6,7 @@ use shardwise_comm::thread;
 use shardwise_device::DType;
 use shardwise_engine::{Batch, Context, Engine, EngineError, EngineOptions, Layer, Params, RandomInit, ops};
 use shardwise_kernels::Threads;
-use shardwise_plan::{Init, LayerSpec, ParamSpec, ZeroStage};
+use shardwise_plan::{ActivationRules, Init, LayerSpec, ParamSpec, ZeroStage};
 use shardwise_torch::tch::Reduction;
 use shardwise_torch::{Kind, Tensor};
 use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
@@ -42,7 +42,9 @@ impl Layer for Dense {
 fn batch(step: usize, rank: usize) -> Result<Batch, EngineError> {
     let x: Vec<f32> = (0..64).map(|i| ((i * 37 + step * 11 + rank * 5) % 64) as f32 / 10.0 - 3.2).collect();
     let input = Tensor::f_from_slice(&x)?.f_view([64, 1])?.f_to_kind(Kind::Float)?;
-    Ok(Batch { target: input.f_sin()?, input })
+    // Where the rows stand in the run: dropout would want to know.
+    let first_row = 64 * (2 * step + rank) as u64;
+    Ok(Batch { target: input.f_sin()?, input, first_row })
 }
 
 fn main() {
@@ -62,7 +64,9 @@ fn main() {
             overlap: Overlap::Inline,
             threads: Threads::ONE,
         };
-        let (rank, options) = (group.group_rank(), EngineOptions { zero, frozen: vec![] });
+        let rank = group.group_rank();
+        let options =
+            EngineOptions { zero, frozen: vec![], activations: ActivationRules::default(), seed: 0 };
         let mut engine = Engine::new(layers.collect(), options, group, &mut RandomInit { seed: 0 })?;
         (0..300).map(|step| Ok(engine.train_step(1e-2, |_| Ok(batch(step, rank)?))?.loss)).collect()
     });

@@ -6,7 +6,7 @@ use std::iter::successors;
 use shardwise_comm::{Group, ProcessGroup};
 use shardwise_plan::layout::units_of;
 use shardwise_plan::pattern::matches_pattern;
-use shardwise_plan::{LayerSpec, ParamSpec};
+use shardwise_plan::{ActivationPolicy, ActivationRules, LayerSpec, ParamSpec};
 use shardwise_torch::{FlatTensor, Tensor, memory, no_grad};
 use shardwise_zero::{Zero, ZeroError, ZeroOptions};
 
@@ -21,6 +21,10 @@ pub struct EngineOptions {
     pub zero: ZeroOptions,
     /// Parameters that are not trained, as patterns in which `*` stands for any run of characters.
     pub frozen: Vec<String>,
+    /// What becomes of each layer's activations between forward and backward: time for memory, the same bits.
+    pub activations: ActivationRules,
+    /// The seed of the random numbers that training draws, which are those of dropout.
+    pub seed: u64,
 }
 
 /// One rank of a training run: a model and this rank's part of its state.
@@ -34,6 +38,9 @@ pub struct Engine {
     pub(crate) num_users: Vec<usize>,
     pub(crate) zero: Zero,
     pub(crate) grad_accum_steps: usize,
+    /// One for each layer.
+    pub(crate) policies: Vec<ActivationPolicy>,
+    pub(crate) seed: u64,
     pub(crate) observer: Box<dyn FnMut(Phase) + Send>,
 }
 
@@ -76,6 +83,12 @@ impl Engine {
         check_patterns(&specs, "frozen", options.frozen.iter().map(String::as_str))?;
         let groups = options.zero.groups.iter().flat_map(|group| &group.patterns);
         check_patterns(&specs, "groups", groups.map(|pattern| pattern.as_str()))?;
+        let names = specs.iter().map(|spec| spec.name.as_str());
+        if let Some(pattern) = options.activations.stray(names.clone()) {
+            let pattern = pattern.as_str().to_owned();
+            return Err(EngineError::NoSuchLayer { pattern, layers: names.map(str::to_owned).collect() });
+        }
+        let policies = options.activations.policies(names);
         let is_frozen = |name: &str| options.frozen.iter().any(|pattern| matches_pattern(pattern, name));
         let units = units_of(&specs, group.group_size(), is_frozen);
         let grad_accum_steps = options.zero.grad_accum_steps;
@@ -99,6 +112,8 @@ impl Engine {
             num_users,
             zero,
             grad_accum_steps,
+            policies,
+            seed: options.seed,
             observer: Box::new(|_| {}),
         })
     }
@@ -142,7 +157,7 @@ impl Engine {
         let mut x = input.shallow_clone();
         for index in 0..self.layers.len() {
             self.gather(index)?;
-            let context = Context { target };
+            let context = Context::inference(target);
             let (layer, params) = (&self.layers[index], self.bindings[index].params());
             x = no_grad(|| layer.forward(&context, &params, &x)).map_err(|e| self.at(index, "forward", e))?;
             x = self.own_output(index, x)?;

@@ -23,7 +23,7 @@ pub enum EngineError {
     Layer {
         /// The layer's name.
         layer: String,
-        /// `forward` or `backward`.
+        /// `forward`, `backward`, or `forward once more`.
         pass: &'static str,
         /// Why.
         #[source]
@@ -63,6 +63,14 @@ pub enum EngineError {
         pattern: String,
         /// Which list it is in.
         list: &'static str,
+    },
+    /// A rule for activations that names no layer.
+    #[error("pattern `{pattern}` of `activations` matches no layer, the layers are {layers:?}")]
+    NoSuchLayer {
+        /// The pattern.
+        pattern: String,
+        /// What there is.
+        layers: Vec<String>,
     },
     /// The data for a micro-batch could not be had.
     #[error("could not read the batch of micro-batch `{microbatch}`")]

@@ -16,7 +16,8 @@ pub trait Layer: Send {
     /// Computes the output from the parameters and the input.
     ///
     /// The last layer returns the loss, a scalar that is the mean over the rows of the batch, if the context has a
-    /// target; else whatever the model predicts.
+    /// target; else whatever the model predicts. Called twice for a micro-batch where activations are recomputed: the
+    /// same arguments must give the same output.
     ///
     /// # Errors
     /// What an operation says; use the fallible methods (`f_matmul(..)?`).
@@ -33,6 +34,30 @@ pub trait Layer: Send {
 pub struct Context<'a> {
     /// What the model should predict for this batch; absent when it is only asked.
     pub target: Option<&'a Tensor>,
+    /// What random numbers depend on; absent when the model does not learn: then nothing is dropped.
+    pub random: Option<Randomness>,
+    /// The gradient of the loss that the backward pass will begin with. Who computes gradients within the forward pass, as a
+    /// head does, takes it in before they are rounded.
+    pub loss_scale: f64,
+}
+
+impl<'a> Context<'a> {
+    /// The context of a model that does not learn.
+    pub fn inference(target: Option<&'a Tensor>) -> Self {
+        Context { target, random: None, loss_scale: 1.0 }
+    }
+}
+
+/// Where the random numbers of a micro-batch stand among those of the run: they do not depend on how often they are drawn, nor
+/// on which rank draws them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Randomness {
+    /// The seed of the run's random numbers.
+    pub seed: u64,
+    /// [`Batch::first_row`].
+    pub first_row: u64,
+    /// Rows of the micro-batch.
+    pub num_rows: usize,
 }
 
 /// The samples of one micro-batch on one rank.
@@ -42,4 +67,8 @@ pub struct Batch {
     pub input: Tensor,
     /// What the last layer compares with.
     pub target: Tensor,
+    /// The place of its first row in the line of all rows of the run, which orders them by step, micro-batch, rank and row:
+    /// `((step * grad_accum_steps + microbatch) * num_ranks + rank) * rows`, steps counted from 0. What is dropped from a
+    /// row follows from its place; a model without dropout does not look at it.
+    pub first_row: u64,
 }

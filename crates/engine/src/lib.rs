@@ -10,6 +10,8 @@
 //! backward   for each layer, last first: gather -> (dx, dparams) = grad(y, dy) -> reduce -> release
 //! ```
 //!
+//! A layer whose activations are not kept runs forward without a graph; its backward begins with `y = layer(x)` once more.
+//!
 //! [`ops`] holds the differentiable operations that layers share.
 
 mod binding;
@@ -17,12 +19,13 @@ mod engine;
 mod error;
 mod layer;
 pub mod ops;
+mod parked;
 mod source;
 mod step;
 
 pub use binding::Params;
 pub use engine::{Engine, EngineOptions, Phase};
 pub use error::EngineError;
-pub use layer::{Batch, Context, Layer};
+pub use layer::{Batch, Context, Layer, Randomness};
 pub use source::{BoxError, ParamSource, RandomInit};
 pub use step::TrainReport;

@@ -1,13 +1,18 @@
 //! One training step: the schedule's actions, one after the other.
 
 use shardwise_device::{DType, Place as MemoryPlace, Slice};
+use shardwise_plan::ActivationPolicy;
 use shardwise_plan::schedule::{self, Action};
-use shardwise_torch::{Kind, Tensor, autograd, kind_of};
+use shardwise_torch::{Kind, Tensor, autograd, kind_of, no_grad};
 use shardwise_zero::StepReport;
 
 use crate::engine::give_up;
+use crate::parked::Parked;
 use crate::source::BoxError;
-use crate::{Batch, Context, Engine, EngineError, Phase};
+use crate::{Batch, Context, Engine, EngineError, Phase, Randomness};
+
+/// The gradient of the loss that the backward pass begins with.
+const LOSS_SCALE: f64 = 1.0;
 
 /// What a step did.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,10 +23,20 @@ pub struct TrainReport {
     pub step: StepReport,
 }
 
-/// What a layer's graph hangs on, between its forward and its backward.
-struct Kept {
-    input: Tensor,
-    output: Tensor,
+/// What is held of a layer between its forward and its backward.
+enum Held {
+    /// Nothing: no gradient goes through it.
+    Nothing,
+    /// What its graph hangs on.
+    Graph { input: Tensor, output: Tensor },
+    /// Its input: the forward pass runs once more.
+    Input(Parked),
+}
+
+/// A micro-batch between its forward and its backward.
+struct Pass {
+    batch: Batch,
+    held: Vec<Held>,
 }
 
 /// Gradients of one micro-batch, until every layer that uses a unit has added its own.
@@ -52,18 +67,20 @@ impl Engine {
         mut batch: impl FnMut(usize) -> Result<Batch, BoxError>,
     ) -> Result<TrainReport, EngineError> {
         let num_microbatches = self.grad_accum_steps;
-        let mut kept = Vec::new();
+        let mut pass = None;
         let mut loss_sum = 0.0;
         for action in schedule::without_pipeline(num_microbatches) {
             match action {
                 Action::Forward { microbatch } => {
                     let batch =
                         batch(microbatch).map_err(|source| EngineError::Batch { microbatch, source })?;
-                    kept = self.forward(&batch)?;
-                    let loss = &kept.last().expect("a model has layers").output;
-                    loss_sum += loss.f_double_value(&[])?;
+                    let (forward, loss) = self.forward(batch)?;
+                    pass = Some(forward);
+                    loss_sum += loss;
                 }
-                Action::Backward { microbatch } => self.backward(microbatch, std::mem::take(&mut kept))?,
+                Action::Backward { microbatch } => {
+                    self.backward(microbatch, pass.take().expect("a schedule begins with the forward pass"))?;
+                }
                 Action::Step => {}
             }
         }
@@ -75,58 +92,112 @@ impl Engine {
         Ok(TrainReport { loss, step })
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Vec<Kept>, EngineError> {
-        let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
-        let context = Context { target: Some(&batch.target) };
+    fn forward(&mut self, batch: Batch) -> Result<(Pass, f64), EngineError> {
+        let mut held = Vec::with_capacity(self.layers.len());
+        let mut output = batch.input.shallow_clone();
         for index in 0..self.layers.len() {
             self.gather(index)?;
             self.prefetch(Some(index + 1))?;
-            let previous = kept.last().map_or(&batch.input, |kept| &kept.output);
             // A leaf of its own: this layer's graph ends here. It needs a gradient if a layer before it does.
-            let input = previous.f_detach()?.f_set_requires_grad(previous.requires_grad())?;
+            let input = output.f_detach()?.f_set_requires_grad(output.requires_grad())?;
             (self.observer)(Phase::Forward);
-            let output = self.layers[index]
-                .forward(&context, &self.bindings[index].params(), &input)
-                .map_err(|e| self.at(index, "forward", e))?;
-            let output = self.own_output(index, output)?;
+            let policy = self.policies[index];
+            output = match policy {
+                ActivationPolicy::Keep => self.call(index, &batch, &input, "forward")?,
+                _ => no_grad(|| self.call(index, &batch, &input, "forward"))?,
+            };
+            output = self.own_output(index, output)?;
+            let learns = input.requires_grad() || self.bindings[index].trainable().next().is_some();
+            if policy.recomputes() && output.is_floating_point() {
+                output = output.f_detach()?.f_set_requires_grad(learns)?;
+            }
             self.release(index)?;
-            kept.push(Kept { input, output });
+            held.push(match policy {
+                _ if !output.requires_grad() => Held::Nothing,
+                ActivationPolicy::Keep => Held::Graph { input, output: output.shallow_clone() },
+                ActivationPolicy::Recompute => Held::Input(Parked::here(input)),
+                ActivationPolicy::Offload => Held::Input(Parked::in_host_memory(&input)?),
+            });
         }
-        let loss = &kept.last().ok_or(EngineError::NoLayers)?.output;
-        if loss.numel() != 1 {
-            return Err(EngineError::LossNotScalar { shape: loss.size() });
+        if output.numel() != 1 {
+            return Err(EngineError::LossNotScalar { shape: output.size() });
         }
-        Ok(kept)
+        Ok((Pass { batch, held }, output.f_double_value(&[])?))
     }
 
-    fn backward(&mut self, microbatch: usize, mut kept: Vec<Kept>) -> Result<(), EngineError> {
+    /// Runs one layer on a micro-batch.
+    fn call(
+        &self,
+        index: usize,
+        batch: &Batch,
+        input: &Tensor,
+        pass: &'static str,
+    ) -> Result<Tensor, EngineError> {
+        let num_rows = batch.input.size().first().map_or(1, |&rows| rows as usize);
+        let random = Randomness { seed: self.seed, first_row: batch.first_row, num_rows };
+        let context = Context { target: Some(&batch.target), random: Some(random), loss_scale: LOSS_SCALE };
+        let params = self.bindings[index].params();
+        self.layers[index].forward(&context, &params, input).map_err(|e| self.at(index, pass, e))
+    }
+
+    fn backward(&mut self, microbatch: usize, pass: Pass) -> Result<(), EngineError> {
+        let Pass { batch, mut held } = pass;
         let mut pending: Vec<Option<Pending>> = (0..self.flats.len()).map(|_| None).collect();
-        let loss = &kept.last().ok_or(EngineError::NoLayers)?.output;
-        let mut grad = Some(loss.f_ones_like()?);
-        while let Some(Kept { input, output }) = kept.pop() {
-            let index = kept.len();
+        // Of the output of the layer to come; the loss itself has a number.
+        let mut grad = None;
+        while let Some(layer) = held.pop() {
+            let index = held.len();
+            let is_last = index + 1 == self.layers.len();
             // Without a trainable parameter here or before there is nothing to do, but units still count this use.
             let mut param_grads = Vec::new();
-            if let Some(dy) = grad.take().filter(|_| output.requires_grad()) {
+            let dy = grad.take();
+            if !matches!(layer, Held::Nothing) && (is_last || dy.is_some()) {
                 self.gather(index)?;
                 self.prefetch(index.checked_sub(1))?;
+                let (input, output) = match layer {
+                    Held::Graph { input, output } => (input, output),
+                    Held::Input(parked) => {
+                        let input = parked.back()?;
+                        (self.observer)(Phase::Forward);
+                        let output = self.call(index, &batch, &input, "forward once more")?;
+                        (input, output)
+                    }
+                    Held::Nothing => unreachable!("excluded above"),
+                };
                 (self.observer)(Phase::Backward);
-                let binding = &self.bindings[index];
-                let mut inputs: Vec<&Tensor> = binding.trainable().map(|(_, tensor)| tensor).collect();
-                let num_params = inputs.len();
-                if input.requires_grad() {
-                    inputs.push(&input);
-                }
-                let mut grads = autograd::grad(&[&output], &[Some(&dy)], &inputs)
-                    .map_err(|e| self.at(index, "backward", e.into()))?;
-                grad = grads.drain(num_params..).next().flatten();
-                param_grads = grads;
+                let dy = match dy {
+                    Some(dy) => dy,
+                    None => output.f_full_like(LOSS_SCALE)?,
+                };
+                (grad, param_grads) = self.grads(index, &input, &output, &dy)?;
                 self.release(index)?;
             }
-            drop((input, output));
             self.add_grads(index, microbatch, param_grads, &mut pending)?;
         }
         Ok(())
+    }
+
+    /// The gradients of a layer's input, if it needs one, and of its trainable parameters.
+    fn grads(
+        &self,
+        index: usize,
+        input: &Tensor,
+        output: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>), EngineError> {
+        if !output.requires_grad() {
+            // Recomputed, and it has used nothing that learns.
+            return Ok((None, Vec::new()));
+        }
+        let mut inputs: Vec<&Tensor> = self.bindings[index].trainable().map(|(_, tensor)| tensor).collect();
+        let num_params = inputs.len();
+        if input.requires_grad() {
+            inputs.push(input);
+        }
+        let mut grads = autograd::grad(&[output], &[Some(dy)], &inputs)
+            .map_err(|e| self.at(index, "backward", e.into()))?;
+        let dx = grads.drain(num_params..).next().flatten();
+        Ok((dx, grads))
     }
 
     /// Adds a layer's gradients to its units', and reduces the units that are complete.

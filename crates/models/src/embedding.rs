@@ -1,5 +1,6 @@
 //! Token (and position) embeddings.
 
+use shardwise_engine::ops::Dropout;
 use shardwise_engine::{Context, EngineError, Layer, Params};
 use shardwise_plan::LayerSpec;
 use shardwise_torch::{Kind, Tensor};
@@ -13,6 +14,8 @@ pub(crate) struct Embedding {
     /// Keys of the token table and, where positions are learned, of theirs.
     pub token_key: &'static str,
     pub position_key: Option<&'static str>,
+    /// Of the sum.
+    pub dropout: Dropout,
 }
 
 impl Layer for Embedding {
@@ -20,11 +23,17 @@ impl Layer for Embedding {
         self.spec.clone()
     }
 
-    fn forward(&self, _: &Context<'_>, params: &Params<'_>, input: &Tensor) -> Result<Tensor, EngineError> {
-        let tokens = Tensor::f_embedding(params.get(self.token_key)?, input, -1, false, false)?;
-        let Some(key) = self.position_key else { return Ok(tokens) };
-        let seq = input.size()[1];
-        let positions = Tensor::f_arange(seq, (Kind::Int64, input.device()))?;
-        Ok(tokens.f_add(&Tensor::f_embedding(params.get(key)?, &positions, -1, false, false)?)?)
+    fn forward(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        input: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let mut x = Tensor::f_embedding(params.get(self.token_key)?, input, -1, false, false)?;
+        if let Some(key) = self.position_key {
+            let positions = Tensor::f_arange(input.size()[1], (Kind::Int64, input.device()))?;
+            x = x.f_add(&Tensor::f_embedding(params.get(key)?, &positions, -1, false, false)?)?;
+        }
+        self.dropout.apply(context, &x)
     }
 }

@@ -1,5 +1,6 @@
 //! GPT-2's forward pass.
 
+use shardwise_engine::ops::Dropout;
 use shardwise_engine::{Context, EngineError, Layer, Params, ops};
 use shardwise_plan::LayerSpec;
 use shardwise_plan::zoo::Gpt2Config;
@@ -14,12 +15,13 @@ pub(crate) fn layers(config: &Gpt2Config) -> Vec<Box<dyn Layer>> {
     let mut specs = specs.into_iter();
     let embedding = specs.next().expect("a model begins with its embeddings");
     let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(Embedding {
+        dropout: Dropout::new(&embedding.name, "embeddings", config.embd_pdrop),
         spec: embedding,
         token_key: "wte.weight",
         position_key: Some("wpe.weight"),
     })];
     for spec in specs {
-        layers.push(Box::new(Block { spec, config: config.clone() }));
+        layers.push(Box::new(Block::new(spec, config)));
     }
     let norm = FinalNorm::Layer { eps: config.layer_norm_epsilon };
     layers.push(Box::new(LmHead { spec: head, norm, norm_key: "ln_f" }));
@@ -30,6 +32,10 @@ pub(crate) fn layers(config: &Gpt2Config) -> Vec<Box<dyn Layer>> {
 struct Block {
     spec: LayerSpec,
     config: Gpt2Config,
+    /// Of the attention's probabilities, and of what the two branches add.
+    probabilities_dropout: Dropout,
+    attention_dropout: Dropout,
+    mlp_dropout: Dropout,
 }
 
 impl Layer for Block {
@@ -37,21 +43,45 @@ impl Layer for Block {
         self.spec.clone()
     }
 
-    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
-        let x_btd = x_btd.f_add(&self.attention(params, &self.norm(params, "ln_1", x_btd)?)?)?;
+    fn forward(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        x_btd: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let attended = self.attention(context, params, &self.norm(params, "ln_1", x_btd)?)?;
+        let x_btd = x_btd.f_add(&self.attention_dropout.apply(context, &attended)?)?;
         let hidden = conv1d(params, "mlp.c_fc", &self.norm(params, "ln_2", &x_btd)?)?.f_gelu("tanh")?;
-        Ok(x_btd.f_add(&conv1d(params, "mlp.c_proj", &hidden)?)?)
+        let out = conv1d(params, "mlp.c_proj", &hidden)?;
+        Ok(x_btd.f_add(&self.mlp_dropout.apply(context, &out)?)?)
     }
 }
 
 impl Block {
-    fn attention(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+    fn new(spec: LayerSpec, config: &Gpt2Config) -> Self {
+        let dropout = |site, rate| Dropout::new(&spec.name, site, rate);
+        Block {
+            probabilities_dropout: dropout("probabilities", config.attn_pdrop),
+            attention_dropout: dropout("attention", config.resid_pdrop),
+            mlp_dropout: dropout("mlp", config.resid_pdrop),
+            config: config.clone(),
+            spec,
+        }
+    }
+
+    fn attention(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        x_btd: &Tensor,
+    ) -> Result<Tensor, EngineError> {
         let (b, t, d) = x_btd.size3()?;
         let heads = self.config.n_head as i64;
         let qkv = conv1d(params, "attn.c_attn", x_btd)?.f_split(d, 2)?;
         let split =
             |x: &Tensor| -> Result<Tensor, EngineError> { Ok(x.f_reshape([b, t, heads, d / heads])?) };
-        let out_bthe = ops::causal_attention(&split(&qkv[0])?, &split(&qkv[1])?, &split(&qkv[2])?)?;
+        let (q, k, v) = (split(&qkv[0])?, split(&qkv[1])?, split(&qkv[2])?);
+        let out_bthe = ops::dropped_causal_attention(context, &self.probabilities_dropout, &q, &k, &v)?;
         conv1d(params, "attn.c_proj", &out_bthe.f_reshape([b, t, d])?)
     }
 

@@ -1,5 +1,6 @@
 //! The last layer of a language model: final norm, projection to the vocabulary, loss.
 
+use shardwise_engine::ops::LinearCrossEntropy;
 use shardwise_engine::{Context, EngineError, Layer, Params, ops};
 use shardwise_plan::LayerSpec;
 use shardwise_torch::Tensor;
@@ -41,7 +42,10 @@ impl Layer for LmHead {
         };
         let weight = params.get("weight")?;
         match context.target {
-            Some(target) => ops::linear_cross_entropy(&x, weight, target),
+            Some(target) => {
+                let loss = LinearCrossEntropy { loss_scale: context.loss_scale, ..Default::default() };
+                loss.forward(&x, weight, target)
+            }
             None => ops::linear(&x, weight, None),
         }
     }

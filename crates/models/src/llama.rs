@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use shardwise_engine::ops::{Rotary, RotaryTable};
+use shardwise_engine::ops::{Dropout, Rotary, RotaryTable};
 use shardwise_engine::{Context, EngineError, Layer, Params, ops};
 use shardwise_plan::LayerSpec;
 use shardwise_plan::zoo::LlamaConfig;
@@ -21,10 +21,15 @@ pub(crate) fn layers(config: &LlamaConfig) -> Result<Vec<Box<dyn Layer>>, ModelE
     let head = specs.pop().expect("a model ends with its head");
     let mut specs = specs.into_iter();
     let embedding = specs.next().expect("a model begins with its embedding");
-    let mut layers: Vec<Box<dyn Layer>> =
-        vec![Box::new(Embedding { spec: embedding, token_key: "weight", position_key: None })];
+    let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(Embedding {
+        dropout: Dropout::new(&embedding.name, "embeddings", 0.0),
+        spec: embedding,
+        token_key: "weight",
+        position_key: None,
+    })];
     for spec in specs {
-        layers.push(Box::new(Block { spec, config: config.clone(), table: table.clone() }));
+        let dropout = Dropout::new(&spec.name, "probabilities", config.attention_dropout);
+        layers.push(Box::new(Block { spec, config: config.clone(), table: table.clone(), dropout }));
     }
     let norm = FinalNorm::Rms { eps: config.rms_norm_eps };
     layers.push(Box::new(LmHead { spec: head, norm, norm_key: "norm" }));
@@ -37,6 +42,8 @@ struct Block {
     config: LlamaConfig,
     /// Shared by all blocks of this model. Tensors are not `Sync`, hence the lock; nobody ever waits for it.
     table: Arc<Mutex<RotaryTable>>,
+    /// Of the attention's probabilities.
+    dropout: Dropout,
 }
 
 impl Layer for Block {
@@ -44,17 +51,27 @@ impl Layer for Block {
         self.spec.clone()
     }
 
-    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+    fn forward(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        x_btd: &Tensor,
+    ) -> Result<Tensor, EngineError> {
         let eps = self.config.rms_norm_eps;
         let normed = ops::rms_norm(x_btd, params.get("input_layernorm.weight")?, eps)?;
-        let x_btd = x_btd.f_add(&self.attention(params, &normed)?)?;
+        let x_btd = x_btd.f_add(&self.attention(context, params, &normed)?)?;
         let normed = ops::rms_norm(&x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
         Ok(x_btd.f_add(&self.mlp(params, &normed)?)?)
     }
 }
 
 impl Block {
-    fn attention(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
+    fn attention(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        x_btd: &Tensor,
+    ) -> Result<Tensor, EngineError> {
         let (b, t, _) = x_btd.size3()?;
         let heads = |name: &str| -> Result<Tensor, EngineError> {
             let x = self.linear(params, &format!("self_attn.{name}"), x_btd)?;
@@ -63,7 +80,8 @@ impl Block {
         let table = self.table.lock().expect("nobody panics while holding the table");
         let (q_bthe, k_btke) = (table.rotate(&heads("q_proj")?)?, table.rotate(&heads("k_proj")?)?);
         drop(table);
-        let out_bthe = ops::causal_attention(&q_bthe, &k_btke, &heads("v_proj")?)?;
+        let v_btke = heads("v_proj")?;
+        let out_bthe = ops::dropped_causal_attention(context, &self.dropout, &q_bthe, &k_btke, &v_btke)?;
         self.linear(params, "self_attn.o_proj", &out_bthe.f_view([b, t, -1])?)
     }
 

@@ -5,8 +5,9 @@ use shardwise_kernels::attention as kernel;
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::Dropout;
 use super::raw::{elements, elements_mut, fused_kind, threads};
-use crate::EngineError;
+use crate::{Context, EngineError};
 
 /// Attention of every position to itself and those before it, scaled by the square root of the head's width.
 ///
@@ -33,6 +34,43 @@ pub fn causal_attention_plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tens
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
     let out =
         Tensor::f_scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None::<f64>, grouped)?;
+    Ok(out.f_transpose(1, 2)?.f_contiguous()?)
+}
+
+/// [`causal_attention`] with dropout of its probabilities while the model learns. They are then whole in memory, twice: what is
+/// dropped is to be the same for every split of a batch, which libtorch's own dropout is not.
+///
+/// # Shapes
+/// As [`causal_attention`].
+/// # Errors
+/// What libtorch says.
+pub fn dropped_causal_attention(
+    context: &Context<'_>,
+    dropout: &Dropout,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<Tensor, EngineError> {
+    if !dropout.is_on(context) {
+        return causal_attention(q, k, v);
+    }
+    let (b, t, heads, head_dim) = q.size4()?;
+    // Each key-value head is seen by its group of query heads.
+    let every_head = |x: &Tensor| -> Result<Tensor, EngineError> {
+        let kv_heads = x.size()[2];
+        let x = x.f_transpose(1, 2)?;
+        if kv_heads == heads {
+            return Ok(x);
+        }
+        let shared = x.f_unsqueeze(2)?.f_expand([b, kv_heads, heads / kv_heads, t, head_dim], false)?;
+        Ok(shared.f_reshape([b, heads, t, head_dim])?)
+    };
+    let (q, k, v) = (q.f_transpose(1, 2)?, every_head(k)?, every_head(v)?);
+    let later = Tensor::f_ones([t, t], (Kind::Bool, q.device()))?.f_triu(1)?;
+    let scores = q.f_mul_scalar(1.0 / (head_dim as f64).sqrt())?.f_matmul(&k.f_transpose(2, 3)?)?;
+    let scores = scores.f_masked_fill(&later, f64::NEG_INFINITY)?;
+    let probabilities = scores.f_softmax(-1, scores.kind())?;
+    let out = dropout.apply(context, &probabilities)?.f_matmul(&v)?;
     Ok(out.f_transpose(1, 2)?.f_contiguous()?)
 }
 

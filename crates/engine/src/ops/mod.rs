@@ -4,6 +4,7 @@
 //! fused form with a backward of its own; a test holds the two together.
 
 mod attention;
+mod dropout;
 mod linear;
 mod loss;
 mod norm;
@@ -11,9 +12,10 @@ mod raw;
 mod rotary;
 mod swiglu;
 
-pub use attention::{causal_attention, causal_attention_plain};
+pub use attention::{causal_attention, causal_attention_plain, dropped_causal_attention};
+pub use dropout::Dropout;
 pub use linear::linear;
-pub use loss::{linear_cross_entropy, linear_cross_entropy_plain};
+pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_plain};
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};
 pub use rotary::{Rotary, RotaryTable};
 pub use swiglu::{swiglu, swiglu_plain};

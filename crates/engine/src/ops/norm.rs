@@ -1,6 +1,6 @@
 //! Normalisations over the last dimension.
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_kernels::rms_norm as kernel;
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
@@ -20,6 +20,7 @@ use shardwise_kernels::Float;
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
     match fused_kind(&[x, weight]) {
         Some(Kind::BFloat16) => fused::<bf16>(x, weight, eps),
+        Some(Kind::Half) => fused::<f16>(x, weight, eps),
         Some(_) => fused::<f32>(x, weight, eps),
         None => rms_norm_plain(x, weight, eps),
     }

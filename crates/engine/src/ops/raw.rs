@@ -1,8 +1,8 @@
 //! Tensors as Rust slices, for kernels.
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_device::Element;
-use shardwise_kernels::Threads;
+use shardwise_kernels::{Threads, add};
 use shardwise_torch::{Device, Kind, Tensor, tch};
 
 /// Threads of one operation: as many as libtorch's own use.
@@ -14,19 +14,33 @@ pub(super) fn threads() -> Threads {
 pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
     let kind = tensors.first()?.kind();
     let fits = |t: &&Tensor| t.kind() == kind && t.device() == Device::Cpu && t.is_contiguous();
-    (matches!(kind, Kind::BFloat16 | Kind::Float) && tensors.iter().all(fits)).then_some(kind)
+    (matches!(kind, Kind::BFloat16 | Kind::Half | Kind::Float) && tensors.iter().all(fits)).then_some(kind)
 }
 
 /// An element type of fused kernels.
 pub(super) trait Fused: Element {
     const KIND: Kind;
+    /// `acc += x`.
+    fn add_to(threads: Threads, acc: &mut [f32], x: &[Self]);
 }
 
 impl Fused for f32 {
     const KIND: Kind = Kind::Float;
+    fn add_to(threads: Threads, acc: &mut [f32], x: &[f32]) {
+        add::add_assign_on(threads, acc, x);
+    }
 }
 impl Fused for bf16 {
     const KIND: Kind = Kind::BFloat16;
+    fn add_to(threads: Threads, acc: &mut [f32], x: &[bf16]) {
+        add::add_assign_bf16_on(threads, acc, x);
+    }
+}
+impl Fused for f16 {
+    const KIND: Kind = Kind::Half;
+    fn add_to(threads: Threads, acc: &mut [f32], x: &[f16]) {
+        add::add_assign_f16_on(threads, acc, x);
+    }
 }
 
 /// The elements of a contiguous host tensor of type `T`, in memory order.
@@ -40,13 +54,13 @@ pub(super) fn elements<T: Fused>(tensor: &Tensor) -> &[T] {
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
-/// The elements of a contiguous host tensor that nobody else has seen yet.
+/// The elements of a contiguous host tensor whose memory nobody else has seen yet.
 pub(super) fn elements_mut<T: Fused>(tensor: &mut Tensor) -> &mut [T] {
     debug_assert!(tensor.is_contiguous() && tensor.kind() == T::KIND);
     if tensor.numel() == 0 {
         return &mut [];
     }
-    // SAFETY: as in `elements`; the callers have just made the tensor and hold its only handle.
+    // SAFETY: as in `elements`; the callers have made its memory and nobody else reads or writes it now.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
 }
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_kernels::rotary as kernel;
 use shardwise_plan::zoo::RopeScaling;
 use shardwise_torch::function::link;
@@ -79,6 +79,7 @@ impl RotaryTable {
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor, EngineError> {
         match fused_kind(&[x]) {
             Some(Kind::BFloat16) => self.fused::<bf16>(x),
+            Some(Kind::Half) => self.fused::<f16>(x),
             Some(_) => self.fused::<f32>(x),
             None => self.rotate_plain(x),
         }

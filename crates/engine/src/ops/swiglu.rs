@@ -1,6 +1,6 @@
 //! The gated activation of Llama's MLP.
 
-use half::bf16;
+use half::{bf16, f16};
 use shardwise_kernels::swiglu as kernel;
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, no_grad};
@@ -18,6 +18,7 @@ use shardwise_kernels::Float;
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, EngineError> {
     match fused_kind(&[gate, up]) {
         Some(Kind::BFloat16) => fused::<bf16>(gate, up),
+        Some(Kind::Half) => fused::<f16>(gate, up),
         Some(_) => fused::<f32>(gate, up),
         None => swiglu_plain(gate, up),
     }

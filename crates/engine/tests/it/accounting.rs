@@ -98,7 +98,7 @@ impl Layer for Mean {
 fn large_batch() -> shardwise_engine::Batch {
     let input = shardwise_torch::Tensor::from_slice(&[0.5f32, -1.0, 2.0, 1.0, 0.0, -0.25]).view([2, 3]);
     let input = input.to_kind(shardwise_torch::Kind::BFloat16);
-    shardwise_engine::Batch { target: input.shallow_clone(), input }
+    shardwise_engine::Batch { target: input.shallow_clone(), input, first_row: 0 }
 }
 
 /// Ψ parameters, N ranks, no accumulation: 2Ψ, 2Ψ, 2Ψ, 3Ψ, times (N-1)/N, within 2%. And the memory of `zero`'s own table:

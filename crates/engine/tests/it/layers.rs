@@ -1,7 +1,7 @@
 //! A small model in which nothing divides, with all that makes sharding hard: a tied parameter, one without gradient, one
 //! whose gradient depends on the data, a layer without parameters.
 
-use shardwise_engine::ops::Rotary;
+use shardwise_engine::ops::{Dropout, Rotary};
 use shardwise_engine::{Context, EngineError, Layer, Params, ops};
 use shardwise_plan::{Init, LayerSpec, ParamSpec};
 use shardwise_torch::{Kind, Tensor};
@@ -79,6 +79,36 @@ impl Layer for Sometimes {
         let is_used = x.f_select(1, 0)?.f_sum(Kind::Float)?.f_double_value(&[])? > 0.0;
         Ok(if is_used { x.f_mul(&scale.f_add_scalar(1.0)?)? } else { x.shallow_clone() })
     }
+}
+
+/// Drops some of its input.
+pub struct Dropping {
+    dropout: Dropout,
+    name: String,
+}
+
+impl Dropping {
+    fn boxed(name: &str, rate: f64) -> Box<dyn Layer> {
+        Box::new(Dropping { dropout: Dropout::new(name, "input", rate), name: name.into() })
+    }
+}
+
+impl Layer for Dropping {
+    fn spec(&self) -> LayerSpec {
+        LayerSpec { name: self.name.clone(), params: vec![] }
+    }
+
+    fn forward(&self, context: &Context<'_>, _: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        self.dropout.apply(context, x)
+    }
+}
+
+/// [`model`], with elements dropped before the block and again behind it, where rows are flattened.
+pub fn dropping_model(gradients: Gradients, rate: f64) -> Vec<Box<dyn Layer>> {
+    let mut layers = model(gradients);
+    layers.insert(4, Dropping::boxed("drop.late", rate));
+    layers.insert(2, Dropping::boxed("drop.early", rate));
+    layers
 }
 
 /// A decoder block of [`MID`] columns: what real models are made of, fused operations and all.

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod accounting;
+mod activations;
 mod contract;
 mod failures;
 mod layers;

@@ -3,7 +3,7 @@
 use shardwise_comm::solo;
 use shardwise_device::DType;
 use shardwise_engine::{Context, Engine, EngineError, Layer, Params};
-use shardwise_plan::{Init, LayerSpec, ParamSpec, ZeroStage};
+use shardwise_plan::{ActivationPolicy, Init, LayerSpec, NamePattern, ParamSpec, ZeroStage};
 use shardwise_torch::{Kind, Tensor};
 
 use crate::layers::{Gradients, model};
@@ -26,6 +26,16 @@ fn patterns_must_match_something() {
         refused(model(Gradients::Always), |options| options.zero.groups = vec![no_decay(&["bias".into()])]),
         "pattern `bias` of `groups` matches no parameter"
     );
+}
+
+#[test]
+fn rules_for_activations_must_name_a_layer() {
+    let error = refused(model(Gradients::Always), |options| {
+        options.activations.rules = vec![(NamePattern::new("blocks.*"), ActivationPolicy::Recompute)];
+    });
+    let expected =
+        "pattern `blocks.*` of `activations` matches no layer, the layers are [\"embedding\", \"up\"";
+    assert!(error.starts_with(expected), "{error}");
 }
 
 #[test]

@@ -4,14 +4,14 @@ use shardwise_comm::{Group, thread};
 use shardwise_device::DType;
 use shardwise_engine::{Batch, BoxError, Engine, EngineError, EngineOptions, Layer, RandomInit};
 use shardwise_kernels::Threads;
-use shardwise_plan::ZeroStage;
 use shardwise_plan::pattern::NamePattern;
+use shardwise_plan::{ActivationRules, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
     AdamOptions, BiasCorrection, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome, ZeroOptions,
 };
 
-use crate::layers::{Gradients, VOCAB, model};
+use crate::layers::{Gradients, VOCAB, dropping_model, model};
 
 pub const LR: f64 = 0.01;
 /// Divides by 1, 2, 3 and 4 ranks, and again by 3 micro-batches.
@@ -30,6 +30,9 @@ pub struct Run {
     pub no_decay: Vec<String>,
     pub frozen: Vec<String>,
     pub gradients: Gradients,
+    pub activations: ActivationRules,
+    /// Share of elements that layers drop.
+    pub dropout: f64,
 }
 
 impl Run {
@@ -44,6 +47,8 @@ impl Run {
             no_decay: vec!["*.bias".into()],
             frozen: vec![],
             gradients: Gradients::Sometimes,
+            activations: ActivationRules::default(),
+            dropout: 0.0,
         }
     }
 
@@ -54,11 +59,17 @@ impl Run {
         options.zero.clip_grad_norm = self.clip;
         options.zero.groups = vec![no_decay(&self.no_decay)];
         options.frozen = self.frozen.clone();
+        options.activations = self.activations.clone();
         options
     }
 
     pub fn engine(&self, group: Group) -> Engine {
-        engine(model(self.gradients), self.options(), group).unwrap()
+        let layers = if self.dropout > 0.0 {
+            dropping_model(self.gradients, self.dropout)
+        } else {
+            model(self.gradients)
+        };
+        engine(layers, self.options(), group).unwrap()
     }
 
     /// This rank's micro-batch: global batches are the same rows however they are split.
@@ -150,7 +161,7 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         on_non_finite: Default::default(),
         reduction: Default::default(),
     };
-    EngineOptions { zero, frozen: vec![] }
+    EngineOptions { zero, frozen: vec![], activations: ActivationRules::default(), seed: 5 }
 }
 
 pub fn engine(
@@ -186,7 +197,7 @@ pub fn batch(first: usize, rows: usize) -> Batch {
         Tensor::from_slice(&tokens.collect::<Vec<_>>()).view([rows as i64, SEQ as i64])
     };
     let target = (tokens(0) * 3 + 1).remainder(VOCAB as i64 - 1);
-    Batch { input: tokens(0), target }
+    Batch { input: tokens(0), target, first_row: first as u64 }
 }
 
 /// An error and all its causes.

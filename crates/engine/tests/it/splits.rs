@@ -50,3 +50,22 @@ fn ranks_and_micro_batches_share_the_work_and_not_the_numbers() {
         }
     }
 }
+
+/// What is dropped from a row does not depend on who has it: were it otherwise, losses would differ in the first place.
+#[test]
+fn dropout_does_not_depend_on_the_split() {
+    for (compute, tolerance) in [(DType::F32, F32), (DType::Bf16, BF16)] {
+        let run = |world, accum, stage, dropout| {
+            let run = Run { accum, dropout, gradients: Gradients::Always, ..Run::new(world, stage, compute) };
+            run.trace(0..NUM_STEPS)
+        };
+        let whole = run(1, 1, ZeroStage::Zero, 0.25);
+        assert!(whole.differs(&run(1, 1, ZeroStage::Zero, 0.0)), "something is dropped");
+        for (world, accum) in [(1, 3), (2, 1), (2, 3), (4, 1)] {
+            for stage in [ZeroStage::Zero, ZeroStage::Three] {
+                let what = format!("{world} ranks, {accum} micro-batches, stage {stage}, {compute}");
+                check(&run(world, accum, stage, 0.25), &whole, &tolerance, &what);
+            }
+        }
+    }
+}

@@ -90,7 +90,7 @@ fn gradients_of_any_layout_reach_their_elements() {
     for (layers, rows, width) in [(vec![second()], 3, 4), (vec![first(), second()], 2, 6)] {
         let is_tied = layers.len() == 2;
         let input = Tensor::from_slice(&numbers).view([rows, width]);
-        let batch = || Batch { input: input.shallow_clone(), target: input.shallow_clone() };
+        let batch = || Batch { input: input.shallow_clone(), target: input.shallow_clone(), first_row: 0 };
         let mut engine = engine(layers, options(ZeroStage::Three, DType::F32), solo()).unwrap();
         let before = weights(&mut engine).remove(0).1;
         engine.train_step(LR, |_| Ok(batch())).unwrap();
