@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use shardwise_engine::{Context, Layer, Params};
+use shardwise_engine::{Context, Layer, Params, Randomness};
 use shardwise_kernels::philox;
 use shardwise_models::build;
 use shardwise_plan::zoo::ModelConfig;
@@ -101,13 +101,18 @@ fn all_cases() -> Vec<Case> {
     cases.extend(self::cases("llama without groups", &with(&llama, json!({"num_key_value_heads": 4}))));
     cases.extend(self::cases("llama with biases, tied, scaled", &with(&llama, biased)));
     cases.extend(self::cases("gpt2", &gpt2));
+    // What is dropped stays the same, so that there is a derivative.
+    let dropout = json!({"resid_pdrop": 0.2, "embd_pdrop": 0.3, "attn_pdrop": 0.25});
+    cases.extend(self::cases("gpt2 with dropout", &with(&gpt2, dropout)));
+    cases.extend(self::cases("llama with dropout", &with(&llama, json!({"attention_dropout": 0.3}))));
     cases.extend(self::cases("gpt2, untied", &with(&gpt2, json!({"tie_word_embeddings": false}))));
     cases
 }
 
 impl Case {
     fn forward(&self, params: &[(String, Tensor)], input: &Tensor) -> Tensor {
-        let context = Context { target: self.target.as_ref() };
+        let random = Randomness { seed: 1, first_row: 6, num_rows: BATCH as usize };
+        let context = Context { random: Some(random), ..Context::inference(self.target.as_ref()) };
         self.layer
             .forward(&context, &Params::new(params), input)
             .unwrap_or_else(|e| panic!("{}: {e}", self.name))

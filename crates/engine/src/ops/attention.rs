@@ -67,9 +67,10 @@ pub fn dropped_causal_attention(
     };
     let (q, k, v) = (q.f_transpose(1, 2)?, every_head(k)?, every_head(v)?);
     let later = Tensor::f_ones([t, t], (Kind::Bool, q.device()))?.f_triu(1)?;
-    let scores = q.f_mul_scalar(1.0 / (head_dim as f64).sqrt())?.f_matmul(&k.f_transpose(2, 3)?)?;
-    let scores = scores.f_masked_fill(&later, f64::NEG_INFINITY)?;
-    let probabilities = scores.f_softmax(-1, scores.kind())?;
+    let probabilities = {
+        let mut scores = q.f_mul_scalar(1.0 / (head_dim as f64).sqrt())?.f_matmul(&k.f_transpose(2, 3)?)?;
+        scores.f_masked_fill_(&later, f64::NEG_INFINITY)?.f_softmax(-1, scores.kind())?
+    };
     let out = dropout.apply(context, &probabilities)?.f_matmul(&v)?;
     Ok(out.f_transpose(1, 2)?.f_contiguous()?)
 }

@@ -127,8 +127,8 @@ pub fn linear_cross_entropy_plain(
 
 /// Whether a graph would go on behind a tensor.
 fn learns(tensor: &Tensor) -> Result<bool, EngineError> {
-    // A view knows, unlike the tensor itself, whether graphs are made at all now.
-    Ok(tensor.f_alias()?.requires_grad())
+    // What is computed from it knows, unlike the tensor itself and its views, whether graphs are made at all now.
+    Ok(tensor.f_narrow(0, 0, 0)?.f_mul_scalar(1.0)?.requires_grad())
 }
 
 /// A head at work, without a graph.

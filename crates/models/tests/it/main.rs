@@ -3,6 +3,7 @@
 // Helpers of tests may unwrap as tests may.
 #![allow(clippy::unwrap_used)]
 
+mod dropout;
 mod export;
 mod fixture;
 mod logits;

@@ -142,10 +142,12 @@ impl Gpt2Config {
         // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
         // its activation.
         let kept = 3 * d + 3 * d + d + 2 * f;
-        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
-        let probabilities = if self.attn_pdrop > 0.0 { 2 * self.n_head * seq_len } else { 0 };
-        let backward = (2 * f).max(4 * d + probabilities);
-        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
+        // Attention with dropout holds its probabilities, before and after.
+        let probabilities = if self.attn_pdrop > 0.0 { self.n_head * seq_len } else { 0 };
+        // Backward: the gradient within the MLP; when that is done and what it held is gone, those of q, k, v and the
+        // attention's output, and one more matrix of probabilities.
+        let backward = (f + d).max((4 * d + probabilities).saturating_sub(2 * f + d));
+        LayerActivations { kept: kept + 2 * probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 

@@ -172,12 +172,15 @@ impl LlamaConfig {
         // Two normalised inputs and the residual between; q, k, v after rotation, the attention's output; gate, up and
         // their product.
         let kept = 3 * d + q + 2 * kv + q + 3 * f;
-        // Backward: gradients of the MLP's three, or those of q, k, v and the attention's output with what the kernel sums in.
-        // Attention with dropout holds its probabilities, before and after; its backward the gradients of both.
+        // Attention with dropout holds its probabilities, before and after, and keys and values for every head.
         let is_dropped = self.attention_dropout > 0.0;
-        let probabilities = if is_dropped { 2 * self.num_attention_heads * seq_len } else { 0 };
-        let backward = (3 * f).max(2 * (q + kv) + probabilities);
-        LayerActivations { kept: kept + probabilities, output: d, forward: d, backward, fixed: 0 }
+        let probabilities = if is_dropped { self.num_attention_heads * seq_len } else { 0 };
+        let repeated = if is_dropped && kv < q { 2 * q } else { 0 };
+        // Backward: gradients within the MLP, of whose three one is gone by then; when that is done and what it held is gone,
+        // those of q, k, v and the attention's output with what the kernel sums in, and one more matrix of probabilities.
+        let backward = (2 * f).max((2 * (q + kv) + repeated + probabilities).saturating_sub(3 * f + d));
+        let kept = kept + repeated + 2 * probabilities;
+        LayerActivations { kept, output: d, forward: d, backward, fixed: 0 }
     }
 }
 
