@@ -1,6 +1,6 @@
 //! A head's forward and backward in chunks of rows: time and peak memory.
 //!
-//!     cargo bench -p shardwise-engine --bench head [-- ROWS WIDTH CLASSES THREADS]
+//!     cargo bench -p shardwise-engine --bench head [-- ROWS WIDTH CLASSES THREADS [CHUNK]...]
 
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use shardwise_engine::ops::LinearCrossEntropy;
 use shardwise_plan::memory::HeadShape;
 use shardwise_torch::{Device, Kind, Tensor, autograd, memory, set_num_threads};
 
-const NUM_RUNS: usize = 5;
+const NUM_RUNS: usize = 3;
 
 fn leaf(shape: [i64; 2]) -> Tensor {
     (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.5).to_kind(Kind::BFloat16).set_requires_grad(true)
@@ -30,15 +30,15 @@ fn run(chunk_rows: usize, x: &Tensor, weight: &Tensor, target: &Tensor) -> (f64,
 
 fn main() {
     let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
-    let [num_rows, width, num_classes, threads] =
-        <[usize; 4]>::try_from(numbers).unwrap_or([4096, 1024, 16384, 1]);
+    let (&[num_rows, width, num_classes, threads], chunks) =
+        numbers.split_first_chunk().unwrap_or((&[2048, 1024, 16384, 1], &[256, 512, 1024]));
     memory::install();
     set_num_threads(threads);
     let shape = HeadShape { num_rows, width, num_classes, element_bytes: 2 };
     let x = leaf([num_rows as i64, width as i64]);
     let weight = leaf([num_classes as i64, width as i64]);
     let target = Tensor::randint(num_classes as i64, [num_rows as i64], (Kind::Int64, Device::Cpu));
-    let mut sizes: Vec<_> = [128, 256, 512, 1024, 2048].into_iter().filter(|&rows| rows < num_rows).collect();
+    let mut sizes: Vec<_> = chunks.iter().copied().filter(|&rows| rows < num_rows).collect();
     sizes.extend([shape.chunk_rows(), num_rows]);
     sizes.dedup();
     // Taken in turn, so that all see the same machine.
@@ -54,6 +54,8 @@ fn main() {
         let (ms, mib) = runs[NUM_RUNS / 2];
         let planned = shape.needed(rows).mib();
         let name = if rows == shape.chunk_rows() { "  (chosen)" } else { "" };
-        println!("{rows:6} at a time {ms:9.1} ms   peak {mib:7.1} MiB, scores and sums planned {planned:7.1}{name}");
+        println!(
+            "{rows:6} at a time {ms:9.1} ms   peak {mib:7.1} MiB, scores and sums planned {planned:7.1}{name}"
+        );
     }
 }

@@ -41,7 +41,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
         reduction: Default::default(),
     };
     // Nothing is trained, so there are no gradients and no optimizer states.
-    let options = EngineOptions { zero, frozen: vec!["*".into()] };
+    let options = EngineOptions { zero, frozen: vec!["*".into()], activations: Default::default(), seed: 0 };
     let mut engine = Engine::new(shardwise_models::build(&config)?, options, solo(), &mut source)?;
 
     let mut tokens: Vec<i64> = tokenizer.encode_prompt(&args.prompt)?.into_iter().map(i64::from).collect();

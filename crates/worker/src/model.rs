@@ -87,6 +87,8 @@ fn options(run: &RunConfig, threads: Threads) -> Result<EngineOptions, Failure> 
             reduction: Default::default(),
         },
         frozen: names(&run.train.frozen),
+        activations: Default::default(),
+        seed: run.seed,
     })
 }
 

@@ -140,7 +140,12 @@ impl Run<'_> {
         let tensor = |tokens: &[i64]| -> Result<Tensor, BoxError> {
             Ok(Tensor::f_from_slice(tokens)?.f_view([batch.rows as i64, batch.seq_len as i64])?)
         };
-        Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)? })
+        let shape = self.loader.sampler().shape();
+        let micro_batches = (step * shape.grad_accum_steps as u64 + microbatch as u64)
+            * shape.data_parallel as u64
+            + self.launch.rank as u64;
+        let first_row = micro_batches * batch.rows as u64;
+        Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row })
     }
 
     fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 3]) -> StepMetrics {

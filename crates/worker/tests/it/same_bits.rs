@@ -53,6 +53,8 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
             reduction: Default::default(),
         },
         frozen: vec![],
+        activations: Default::default(),
+        seed: 0,
     };
     let shape = BatchShape {
         seq_len: hyper["seq_len"].as_u64().unwrap() as usize,
@@ -75,7 +77,7 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
                 let tensor = |tokens: &[i64]| -> Result<Tensor, BoxError> {
                     Ok(Tensor::f_from_slice(tokens)?.f_view([batch.rows as i64, -1])?)
                 };
-                Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)? })
+                Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row: 0 })
             };
             let report = engine.train_step(number("lr"), batch).unwrap();
             curve.losses.push(report.loss);
