@@ -221,26 +221,30 @@ impl<T: Fused + Float> WeightGrad<T> {
             self.sum = Some(dscores.f_mm(rows)?);
             return Ok(());
         }
-        let size = [dscores.size()[0], rows.size()[1]];
-        match &self.sum {
-            Some(sum) if T::KIND == Kind::Float => {
-                let _ = sum.shallow_clone().f_addmm_(&dscores, rows)?;
-                return Ok(());
+        if T::KIND == Kind::Float {
+            match &mut self.sum {
+                Some(sum) => drop(sum.f_addmm_(&dscores, rows)?),
+                None => self.sum = Some(dscores.f_mm(rows)?),
             }
-            None if T::KIND == Kind::Float => {
-                self.sum = Some(dscores.f_mm(rows)?);
-                return Ok(());
-            }
-            Some(_) => {}
-            None => self.sum = Some(Tensor::f_zeros(size, (Kind::Float, rows.device()))?),
+            return Ok(());
         }
-        let sum = self.sum.as_ref().expect("made above");
+        let size = [dscores.size()[0], rows.size()[1]];
+        let is_first = self.sum.is_none();
+        let sum = match self.sum.take() {
+            Some(sum) => sum,
+            None => Tensor::f_empty(size, (Kind::Float, rows.device()))?,
+        };
         for first in (0..size[0]).step_by(BLOCK_CLASSES as usize) {
             let num_classes = BLOCK_CLASSES.min(size[0] - first);
             let part = dscores.f_narrow(0, first, num_classes)?.f_mm(rows)?;
             let mut sum = sum.f_narrow(0, first, num_classes)?;
-            T::add_to(threads(), elements_mut::<f32>(&mut sum), elements::<T>(&part));
+            if is_first {
+                sum.f_copy_(&part)?;
+            } else {
+                T::add_to(threads(), elements_mut::<f32>(&mut sum), elements::<T>(&part));
+            }
         }
+        self.sum = Some(sum);
         Ok(())
     }
 
