@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use shardwise_engine::ops;
+use shardwise_engine::{Context, Randomness, ops};
 use shardwise_plan::zoo::RopeScaling;
 use shardwise_torch::{Device, Kind, Tensor, autograd, memory, set_num_threads};
 
@@ -29,7 +29,7 @@ fn time(name: &str, inputs: &[&Tensor], run: impl Fn() -> Tensor) {
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
-    println!("{name:24} forward {:8.3} ms   backward {:8.3} ms", median(forward), median(backward));
+    println!("{name:26} forward {:8.3} ms   backward {:8.3} ms", median(forward), median(backward));
 }
 
 fn main() {
@@ -59,6 +59,13 @@ fn main() {
     time("swiglu", &[&gate, &up], || ops::swiglu(&gate, &up).expect("shapes fit"));
     let residual = leaf(&[batch, seq, hidden]);
     time("residual", &[&x, &residual], || &x + &residual);
+    let random = Randomness { seed: 1, first_row: 0, num_rows: batch as usize };
+    let learning = Context { random: Some(random), ..Context::inference(None) };
+    let dropout = ops::Dropout::new("layer", "site", 0.1);
+    time("dropout", &[&x], || dropout.apply(&learning, &x).expect("shapes fit"));
+    time("causal_attention, dropout", &[&q, &k, &v], || {
+        ops::dropped_causal_attention(&learning, &dropout, &q, &k, &v).expect("shapes fit")
+    });
     let w = leaf(&[vocab, hidden]);
     let target = Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu));
     time("head with loss", &[&x, &w], || ops::linear_cross_entropy(&x, &w, &target).expect("shapes fit"));
