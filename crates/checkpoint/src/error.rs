@@ -123,6 +123,12 @@ pub enum CheckpointError {
         /// What is wrong with the newest one that is there.
         newest: Option<Box<CheckpointError>>,
     },
+    /// A checkpoint without a model.
+    #[error("`{}` holds no tensor of kind `param`", dir.display())]
+    NoParams {
+        /// The checkpoint.
+        dir: PathBuf,
+    },
     /// The manifest of a checkpoint is damaged, hostile or of another program.
     #[error("`{}`: {problem}", path.display())]
     Manifest {

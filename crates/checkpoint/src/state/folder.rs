@@ -127,7 +127,7 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::find`], without looking at the files of the ranks: [`Checkpoint::verify`] says what is wrong
-    /// with them. Damaged checkpoints of a folder are not passed over.
+    /// with them. A damaged checkpoint of more steps than every complete one is not passed over.
     ///
     /// # Errors
     /// As [`Checkpoint::find`], except for missing files and wrong sizes.
@@ -136,10 +136,18 @@ impl Checkpoint {
         if looks_like_one(path) {
             return Checkpoint::open_manifest(path);
         }
-        let found = Self::find(path)?;
-        match found.damaged.into_iter().next() {
-            Some((damaged, _)) => Checkpoint::open_manifest(&damaged),
-            None => Ok(found.checkpoint),
+        let step = |path: &Path| step_of(path.file_name()?.to_str()?);
+        match Self::find(path) {
+            Ok(Found { checkpoint, damaged }) => match damaged.first() {
+                Some((path, _)) if step(path) > Some(checkpoint.step()) => Checkpoint::open_manifest(path),
+                _ => Ok(checkpoint),
+            },
+            Err(CheckpointError::NoCheckpoint { dir, newest: Some(_) }) => {
+                let Listing { damaged, .. } = Listing::of(&dir)?;
+                let (path, _) = damaged.first().ok_or(CheckpointError::NoCheckpoint { dir, newest: None })?;
+                Checkpoint::open_manifest(path)
+            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -18,6 +18,7 @@
 mod background;
 mod chunks;
 mod cover;
+mod export;
 mod folder;
 mod manifest;
 mod problem;
@@ -35,6 +36,7 @@ mod faults;
 mod hostile;
 
 pub use background::{Background, Cancel};
+pub use export::{Exported, PARAM};
 pub use folder::{Found, Keep};
 pub use manifest::Mesh;
 pub use problem::{CoverProblem, Damage, ManifestProblem, SaveProblem, SealProblem};

@@ -160,7 +160,7 @@ impl Checkpoint {
         self.manifest.files.iter().map(|file| file.bytes).sum()
     }
 
-    /// All tensors, in the order of the ranks that wrote them.
+    /// All tensors by name, numbers in names as numbers.
     pub fn tensors(&self) -> impl Iterator<Item = StateTensor<'_>> {
         self.manifest.tensors.iter().map(of_entry)
     }

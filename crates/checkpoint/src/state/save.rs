@@ -11,6 +11,7 @@
 //! checkpoint. Nothing that exists is touched before the new one is durable. If a rank fails, rank 0 abandons the
 //! save and the folder goes.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -95,7 +96,7 @@ pub struct Save {
 
 impl Save {
     /// Begins to save the state after step `step` into the folder `dir` of all checkpoints. Every rank calls it, at
-    /// whatever moment; rank 0 also clears what dead runs left.
+    /// whatever moment; rank 0 also clears what dead runs left. `dir` is made if only it is missing.
     ///
     /// `nonce` is a number that all ranks of this run share and no other run has: it keeps the leftovers of one from
     /// passing for the parts of another.
@@ -227,6 +228,8 @@ impl Save {
                 tensors.add(rank, written).map_err(|problem| self.error(problem))?;
             }
         }
+        // The same order whatever the mesh: layers by number, kinds of one tensor together.
+        tensors.entries.sort_by(|a, b| natural(&a.name, &b.name));
         let manifest = Manifest {
             format: FORMAT.to_owned(),
             version: VERSION,
@@ -288,7 +291,7 @@ impl Save {
     }
 }
 
-/// The pieces of all ranks by tensor, in the order in which ranks name them first.
+/// The pieces of all ranks by tensor.
 #[derive(Default)]
 struct Tensors {
     entries: Vec<TensorEntry>,
@@ -318,6 +321,23 @@ impl Tensors {
     }
 }
 
+/// `layers.2` before `layers.10`.
+fn natural(a: &str, b: &str) -> Ordering {
+    // Equal but for leading zeros, names still have an order.
+    parts(a).cmp(parts(b)).then_with(|| a.cmp(b))
+}
+
+/// The numbers in a name, and the texts between them: a longer number is greater than a shorter one.
+fn parts(name: &str) -> impl Iterator<Item = (usize, &str)> {
+    let is_digit = |c: char| c.is_ascii_digit();
+    name.as_bytes().chunk_by(|a, b| a.is_ascii_digit() == b.is_ascii_digit()).scan(0, move |start, part| {
+        let text = &name[*start..*start + part.len()];
+        *start += part.len();
+        let number = text.trim_start_matches('0');
+        Some(if text.starts_with(is_digit) { (number.len(), number) } else { (0, text) })
+    })
+}
+
 /// Makes a folder of this user alone, durably; one that is there is taken as it is.
 fn make_dir(path: &Path) -> Result<(), CheckpointError> {
     match DirBuilder::new().mode(0o700).create(path) {
@@ -339,4 +359,16 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), CheckpointE
         file.sync_all()
     };
     write().map_err(|source| io("write", path, source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_names_count_as_numbers() {
+        let mut names = ["a.10.w", "a.9.w", "a.w", "b", "a", "a.9.b", "", "a.09.b", "7", "a.9"];
+        names.sort_by(|a, b| natural(a, b));
+        assert_eq!(names, ["", "a", "a.9", "a.09.b", "a.9.b", "a.9.w", "a.10.w", "a.w", "b", "7"]);
+    }
 }

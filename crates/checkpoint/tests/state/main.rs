@@ -3,6 +3,7 @@
 
 mod common;
 mod damage;
+mod export;
 mod fixture;
 mod kill;
 mod layouts;

@@ -105,7 +105,7 @@ fn a_damaged_one_is_passed_over_and_named() {
     let says = found.damaged[0].1.to_string();
     assert!(
         says.starts_with(&format!(
-            "`{}`, which holds `param` of `embed.weight` and 17 more: it has `5` bytes",
+            "`{}`, which holds `param` of `down.weight` and 17 more: it has `5` bytes",
             file.display()
         )),
         "{says}"
@@ -141,7 +141,7 @@ fn parts_that_do_not_fit_are_refused_and_removed() {
     // Ranks of different layouts: elements missing, or there twice.
     let save = write_rank(dir.path(), TWO, 20, 1, 0).unwrap();
     write_rank(dir.path(), Layout::zero(3), 20, 1, 1).unwrap();
-    refuse(save, TWO, "`param` of `embed.weight`: elements");
+    refuse(save, TWO, "`param` of `down.weight`: elements");
     // A mesh that is none.
     let save = write_rank(dir.path(), TWO, 20, 1, 0).unwrap();
     write_rank(dir.path(), TWO, 20, 1, 1).unwrap();
