@@ -1,6 +1,6 @@
 # Every target sets up what it needs; `make setup` alone fetches libtorch once.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-fast bench fmt lint
+.PHONY: help setup build demo test test-fast fuzz bench fmt lint
 
 CARGO ?= cargo
 TORCH_CRATES := -p shardwise-torch -p shardwise-engine -p shardwise-models -p shardwise-worker
@@ -26,8 +26,11 @@ test: build ## run all tests
 test-fast: ## run the tests of the crates that need no libtorch
 	$(CARGO) test --no-fail-fast
 
+fuzz: ## try hostile checkpoints and cuts of tensors for some minutes (CASES=200000: for each test)
+	PROPTEST_CASES=$(or $(CASES),200000) $(CARGO) test --release -p shardwise-checkpoint --lib
+
 bench: build ## run the benchmarks
-	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine
+	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine -p shardwise-checkpoint
 
 fmt: ## format the code
 	$(CARGO) fmt --all

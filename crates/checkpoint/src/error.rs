@@ -1,9 +1,10 @@
 //! What can go wrong with model files.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::FileDType;
+use crate::state::{Damage, ManifestProblem, Region, SaveProblem};
 
 /// Errors of reading and writing model files.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +115,68 @@ pub enum CheckpointError {
         /// Elements written, or that would have been.
         got: usize,
     },
+    /// A folder holds no complete checkpoint.
+    #[error("`{}` holds no complete checkpoint{}", dir.display(), because(.newest))]
+    NoCheckpoint {
+        /// The folder.
+        dir: PathBuf,
+        /// What is wrong with the newest one that is there.
+        newest: Option<Box<CheckpointError>>,
+    },
+    /// A checkpoint without a model.
+    #[error("`{}` holds no tensor of kind `param`", dir.display())]
+    NoParams {
+        /// The checkpoint.
+        dir: PathBuf,
+    },
+    /// The manifest of a checkpoint is damaged, hostile or of another program.
+    #[error("`{}`: {problem}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: Box<ManifestProblem>,
+    },
+    /// A file of a checkpoint is damaged.
+    #[error("`{}`, which holds {holds}: {damage}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Tensors in it that are lost, for people.
+        holds: String,
+        /// What is wrong with it.
+        damage: Damage,
+    },
+    /// A checkpoint and a model do not have the same tensors.
+    #[error("`{}` has `{kind}` of `{name}`, which the model does not", path.display())]
+    UnexpectedTensor {
+        /// The tensor.
+        name: String,
+        /// What of it.
+        kind: String,
+        /// The manifest.
+        path: PathBuf,
+    },
+    /// Elements that a tensor does not have, or that do not fit the caller's buffer.
+    #[error("`{name}` of shape `{shape:?}`: {region:?} into a buffer of `{buffer_numel}` elements")]
+    WrongRegion {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The elements asked for.
+        region: Box<Region>,
+        /// Elements that the buffer has.
+        buffer_numel: usize,
+    },
+    /// A checkpoint was not saved.
+    #[error("checkpoint of step `{step}` was not saved: {problem}")]
+    Save {
+        /// Optimizer steps that it would have held.
+        step: u64,
+        /// Why not.
+        problem: Box<SaveProblem>,
+    },
 }
 
 /// What is wrong with a safetensors file.
@@ -204,6 +267,20 @@ pub enum DeclarationProblem {
     /// Begun again after elements were written.
     #[error("it is written already")]
     AlreadyWritten,
+}
+
+impl CheckpointError {
+    pub(crate) fn save(step: u64, problem: SaveProblem) -> Self {
+        CheckpointError::Save { step, problem: Box::new(problem) }
+    }
+}
+
+pub(crate) fn io(action: &'static str, path: &Path, source: std::io::Error) -> CheckpointError {
+    CheckpointError::Io { action, path: path.to_owned(), source }
+}
+
+fn because(newest: &Option<Box<CheckpointError>>) -> String {
+    newest.as_ref().map_or(String::new(), |error| format!("; the newest: {error}"))
 }
 
 fn did_you_mean(close: &[String]) -> String {

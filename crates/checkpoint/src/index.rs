@@ -33,6 +33,12 @@ pub(crate) fn is_weights_file(name: &str) -> bool {
     name == SINGLE_FILE || name == INDEX_FILE || is_shard
 }
 
+/// Whether a name stays in the folder that it is looked up in.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(only)), None) if only == name)
+}
+
 /// The JSON text of an index.
 pub(crate) fn to_json<'a>(total_bytes: u64, files: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let weight_map: serde_json::Map<_, _> =
@@ -58,9 +64,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(String, String)>, CheckpointError
             return Err(bad(IndexProblem::Duplicate { name: name.clone() }));
         }
         // A hostile index must not make us open files elsewhere.
-        let mut parts = Path::new(file).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(only)), None) if only == file.as_str())
-        {
+        if !is_plain_file_name(file) {
             return Err(bad(IndexProblem::NotAFileName { name: name.clone(), file: file.clone() }));
         }
     }

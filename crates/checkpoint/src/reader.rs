@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::convert::Scratch;
-use crate::error::IndexProblem;
+use crate::error::{IndexProblem, io};
 use crate::header::{self, Entry};
 use crate::{CheckpointError, FileDType, index};
 
@@ -241,12 +241,8 @@ impl HfReader {
     }
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> CheckpointError {
-    CheckpointError::Io { action, path: path.to_owned(), source }
-}
-
 /// Up to three names like `name`: those that differ by a prefix such as `model.`, then those spelled similarly.
-fn close_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+pub(crate) fn close_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
     let score = |other: &str| {
         let (long, short) = if other.len() > name.len() { (other, name) } else { (name, other) };
         let by_prefix =

@@ -17,7 +17,7 @@ use serde_json::json;
 use tempfile::NamedTempFile;
 
 use crate::convert::Scratch;
-use crate::error::DeclarationProblem;
+use crate::error::{DeclarationProblem, io};
 use crate::header::{LENGTH_BYTES, METADATA_KEY};
 use crate::{CheckpointError, FileDType, index};
 
@@ -292,10 +292,6 @@ fn declaration(name: &str, problem: DeclarationProblem) -> CheckpointError {
     CheckpointError::Declaration { name: name.to_owned(), problem }
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> CheckpointError {
-    CheckpointError::Io { action, path: path.to_owned(), source }
-}
-
 fn persist(temp: NamedTempFile, path: PathBuf) -> Result<PathBuf, CheckpointError> {
     match temp.persist(&path) {
         Ok(_) => Ok(path),
@@ -304,7 +300,7 @@ fn persist(temp: NamedTempFile, path: PathBuf) -> Result<PathBuf, CheckpointErro
 }
 
 /// Makes renames in `dir` durable.
-fn sync_dir(dir: &Path) -> Result<(), CheckpointError> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), CheckpointError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|source| io("sync", dir, source))
 }
 

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::plan::args::{PipelineArgs, SearchArgs};
 
@@ -15,6 +15,7 @@ Examples:
   shardwise train run.toml -n 2                   train on two ranks, output in out/run
   shardwise train run.toml -n 4 --set steps=100   the same file, one value changed
   shardwise generate out/run/model --prompt 'Once upon'
+  shardwise verify out/run                        is the newest checkpoint as it was written?
 
 Exit codes: 0 done, 1 training failed, 2 bad usage or configuration.";
 
@@ -36,6 +37,12 @@ pub enum Command {
     Plan(PlanArgs),
     /// Let a trained model continue a text
     Generate(GenerateArgs),
+    /// Show what is in a checkpoint: step, ranks, tensors, state of the run
+    Inspect(CheckpointArgs),
+    /// Read all of a checkpoint and compare it with its checksums
+    Verify(CheckpointArgs),
+    /// Write a checkpoint's model as a Hugging Face folder
+    Export(ExportArgs),
 }
 
 /// A run file on a number of ranks: what every command that reads one takes.
@@ -118,6 +125,64 @@ pub struct GenerateArgs {
     pub seed: u64,
 }
 
+/// A checkpoint on disk: what every command that reads one takes.
+#[derive(Debug, Args)]
+pub struct CheckpointArgs {
+    /// Checkpoint folder; or a run's output folder, or its `checkpoints` folder: the newest one there
+    #[arg(value_name = "CKPT")]
+    pub path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  shardwise export out/run model --dtype bf16
+  shardwise export out/run/checkpoints/step-000100 model --max-shard-size 500MB
+
+Writes safetensors with an index, config.json and the tokenizer. Holds a few MB in memory, whatever the model's size.")]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub checkpoint: CheckpointArgs,
+    /// Folder to write to; weights of another model there are replaced
+    pub dir: PathBuf,
+    /// Element type of the weights
+    #[arg(long, value_enum, default_value_t = ExportDType::Fp32)]
+    pub dtype: ExportDType,
+    /// Most bytes of one file, as `5GB`, `500MB` or `2GiB`
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    pub max_shard_size: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportDType {
+    /// 16 bits, the range of fp32
+    Bf16,
+    /// 16 bits; a number beyond 65504 is an error
+    Fp16,
+    /// 32 bits, exactly what was trained
+    Fp32,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 9] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+        ("B", 1),
+    ];
+    let unit = UNITS.iter().find_map(|&(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)));
+    let (number, unit) = unit.unwrap_or((text, 1));
+    match number.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(unit)) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("expected a size such as 5GB, 500MB or 2GiB".to_owned()),
+    }
+}
+
 fn assignment(text: &str) -> Result<String, String> {
     match text.split_once('=') {
         Some((key, _)) if !key.trim().is_empty() => Ok(text.to_owned()),
@@ -154,6 +219,9 @@ mod tests {
             "shardwise plan r.toml -n 4 --pipeline 4 --schedule --svg t.svg",
             "shardwise plan r.toml -n 4 --pipeline 4 --schedule interleaved:3 --micro-batches 8 --cut pattern:*.h.*",
             "shardwise plan r.toml --ranks 1024 --device-memory 80GB --flops 400T --link 25GB/s --intra-link 300GB/s",
+            "shardwise inspect d",
+            "shardwise verify d",
+            "shardwise export d e --dtype fp16 --max-shard-size 2GiB",
             "shardwise generate d --prompt x --temperature 0 --top-k 5 --seed 7 --max-tokens 1",
         ] {
             assert!(parse(good).is_ok(), "{good}");
@@ -169,12 +237,29 @@ mod tests {
             "shardwise plan r.json --schedule 2f2b",
             "shardwise plan r.json --device-memory lots",
             "shardwise plan r.json --schedule --device-memory 80GB --svg t.svg",
+            "shardwise inspect",
+            "shardwise export d",
+            "shardwise export d e --dtype int4",
+            "shardwise export d e --max-shard-size 0GB",
+            "shardwise export d e --max-shard-size 99999999999TB",
             "shardwise generate d",
             "shardwise generate d --prompt x --temperature nan",
             "shardwise generate d --prompt x --temperature=-1",
             "shardwise generate d --prompt x --top-k 0",
         ] {
             assert_eq!(parse(bad).expect_err(bad).exit_code(), 2, "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in
+            [("5GB", 5_000_000_000), ("2GiB", 2 << 30), ("300", 300), ("7B", 7), ("1 TB", 1_000_000_000_000)]
+        {
+            assert_eq!(size(text), Ok(bytes));
+        }
+        for bad in ["", "GB", "-1GB", "1.5GB", "5gb", "5PB"] {
+            assert!(size(bad).is_err(), "{bad}");
         }
     }
 }

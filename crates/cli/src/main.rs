@@ -6,8 +6,11 @@
 
 mod args;
 mod check;
+mod checkpoint;
 mod console;
+mod export;
 mod generate;
+mod inspect;
 mod out_dir;
 mod plan;
 mod report;
@@ -15,6 +18,7 @@ mod run_file;
 mod summary;
 mod supervise;
 mod train;
+mod verify;
 mod worker_binary;
 
 use std::process::ExitCode;
@@ -56,6 +60,9 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
     };
     result.unwrap_or_else(|error| tell(&error)).into()
