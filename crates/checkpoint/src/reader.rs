@@ -246,7 +246,7 @@ fn io(action: &'static str, path: &Path, source: std::io::Error) -> CheckpointEr
 }
 
 /// Up to three names like `name`: those that differ by a prefix such as `model.`, then those spelled similarly.
-fn close_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+pub(crate) fn close_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
     let score = |other: &str| {
         let (long, short) = if other.len() > name.len() { (other, name) } else { (name, other) };
         let by_prefix =

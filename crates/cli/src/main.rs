@@ -7,7 +7,9 @@
 mod args;
 mod check;
 mod console;
+mod eval;
 mod generate;
+mod import;
 mod out_dir;
 mod plan;
 mod report;
@@ -57,6 +59,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
+        Command::Eval(args) => eval::run(&args).map(|never| match never {}),
+        Command::Import(args) => import::run(&args),
     };
     result.unwrap_or_else(|error| tell(&error)).into()
 }
