@@ -74,6 +74,9 @@ pub struct TrainArgs {
     /// Replace the earlier run that DIR holds
     #[arg(long)]
     pub overwrite: bool,
+    /// Measure loss and perplexity on this text before and after training
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
