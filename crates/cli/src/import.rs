@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde_json::Value;
-use shardwise_checkpoint::gguf::{GgufReader, ImportOptions, Imported, TokenizerImport, import};
+use shardwise_checkpoint::gguf::{GgufProblem, GgufReader, ImportOptions, Imported, TokenizerImport, import};
 use shardwise_checkpoint::{CheckpointError, FileDType};
 use shardwise_monitor::format_count;
 use shardwise_plan::zoo::ModelConfig;
@@ -41,13 +41,17 @@ pub fn run(args: &ImportArgs) -> anyhow::Result<Exit> {
 
 /// Whether what was imported is a model that can be trained here.
 fn check(model: &Path, config: &Value) -> anyhow::Result<()> {
-    ModelConfig::from_json(config).with_context(|| format!("cannot use `{}`", model.display()))?;
-    Ok(())
+    ModelConfig::from_json(config).map(drop).map_err(|error| {
+        UsageError::new(
+            format!("cannot use `{}`: {error}", model.display()),
+            "a whole GGUF file of a `llama` model is needed",
+        )
+        .into()
+    })
 }
 
-/// Makes an error that the user can mend, by another file or an option, one of usage.
+/// Makes an error that another file or option would mend one of usage.
 fn explain(error: anyhow::Error) -> anyhow::Error {
-    use shardwise_checkpoint::gguf::GgufProblem;
     let hint = match error.downcast_ref::<CheckpointError>() {
         Some(CheckpointError::Gguf { problem: GgufProblem::Tokenizer { .. }, .. }) => {
             "`--no-tokenizer` imports the weights alone; put the model's own tokenizer.json beside them"
@@ -55,7 +59,13 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
         Some(CheckpointError::Gguf { problem: GgufProblem::UnsupportedType { .. }, .. }) => {
             "look for the same model in another quantisation"
         }
+        Some(
+            CheckpointError::Gguf { .. }
+            | CheckpointError::MissingTensor { .. }
+            | CheckpointError::WrongShape { .. },
+        ) => "a whole GGUF file of a `llama` model is needed",
         Some(CheckpointError::Overflow { .. }) => "`--dtype bf16` has the range of fp32",
+        Some(CheckpointError::Io { action: "open", .. }) => "check the path",
         _ => return error,
     };
     UsageError::new(format!("{error:#}"), hint).into()
