@@ -145,7 +145,7 @@ mod tests {
         for (num_tokens, seq_len) in [(9, 4), (10, 4), (2, 4), (5, 1), (8, 100)] {
             let text = HeldOut { tokens: (0..num_tokens).collect(), seq_len };
             let num_windows = (text.tokens.len() - 1).div_ceil(seq_len);
-            let mut predicted = Vec::new();
+            let mut predicted: Vec<i64> = Vec::new();
             for (input, target) in (0..num_windows).map(|i| text.window(i)) {
                 assert!(input.iter().zip(target).all(|(a, b)| a + 1 == *b) && input.len() <= seq_len);
                 predicted.extend(target);
