@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::FileDType;
+use crate::gguf::GgufProblem;
 use crate::state::{Damage, ManifestProblem, Region, SaveProblem};
 
 /// Errors of reading and writing model files.
@@ -42,6 +43,14 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong with it.
         problem: IndexProblem,
+    },
+    /// A GGUF file is damaged, hostile, or asks for what is not known here.
+    #[error("cannot use `{}`: {problem}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: GgufProblem,
     },
     /// No such tensor.
     #[error("no tensor `{name}` in {looked_in}{}", did_you_mean(close))]

@@ -17,6 +17,7 @@ compile_error!("tensors in files are little-endian, and are read without swappin
 mod convert;
 mod dtype;
 mod error;
+pub mod gguf;
 mod header;
 mod index;
 mod reader;

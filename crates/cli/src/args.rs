@@ -16,6 +16,8 @@ Examples:
   shardwise train run.toml -n 4 --set steps=100   the same file, one value changed
   shardwise generate out/run/model --prompt 'Once upon'
   shardwise verify out/run                        is the newest checkpoint as it was written?
+  shardwise eval out/run/model --text heldout.txt  its perplexity on a text
+  shardwise import model.gguf models/imported     a GGUF file as a Hugging Face folder
 
 Exit codes: 0 done, 1 training failed, 2 bad usage or configuration.";
 
@@ -43,6 +45,10 @@ pub enum Command {
     Verify(CheckpointArgs),
     /// Write a checkpoint's model as a Hugging Face folder
     Export(ExportArgs),
+    /// Measure a model's loss and perplexity on a text
+    Eval(EvalArgs),
+    /// Turn a GGUF file into a Hugging Face folder
+    Import(ImportArgs),
 }
 
 /// A run file on a number of ranks: what every command that reads one takes.
@@ -77,6 +83,9 @@ pub struct TrainArgs {
     /// Replace the earlier run that DIR holds
     #[arg(long)]
     pub overwrite: bool,
+    /// Measure loss and perplexity on this text before and after training
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -136,6 +145,30 @@ pub struct CheckpointArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  shardwise eval out/run/model --text heldout.txt
+  shardwise eval out/run/model --text heldout.txt --seq-len 256 --max-tokens 16384 --json
+
+The text is cut into windows of N tokens, as training cuts it; the loss is the mean over all predicted tokens.")]
+pub struct EvalArgs {
+    /// Model folder: config.json, weights and tokenizer.json
+    pub dir: PathBuf,
+    /// A text that the model was not trained on
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens of one window [default: 1024, or the model's positions if these are fewer]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub seq_len: Option<u32>,
+    /// Predict only the first N tokens of the text [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_tokens: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
   shardwise export out/run model --dtype bf16
   shardwise export out/run/checkpoints/step-000100 model --max-shard-size 500MB
 
@@ -146,40 +179,69 @@ pub struct ExportArgs {
     /// Folder to write to; weights of another model there are replaced
     pub dir: PathBuf,
     /// Element type of the weights
-    #[arg(long, value_enum, default_value_t = ExportDType::Fp32)]
-    pub dtype: ExportDType,
+    #[arg(long, value_enum, default_value_t = WeightType::Fp32)]
+    pub dtype: WeightType,
     /// Most bytes of one file, as `5GB`, `500MB` or `2GiB`
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     pub max_shard_size: u64,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  shardwise import SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+  shardwise import model.gguf models/imported --dtype fp32 --max-shard-size 2GB
+
+Quantised weights become plain numbers; what quantising has lost stays lost. The architecture `llama` and byte-level
+BPE tokenizers are known; anything else is refused by name.")]
+pub struct ImportArgs {
+    /// GGUF file, version 2 or 3
+    pub model: PathBuf,
+    /// Folder to write: config.json, safetensors, tokenizer.json, tokenizer_config.json
+    pub dir: PathBuf,
+    /// Type of the weights in the folder
+    #[arg(long, value_enum, default_value_t = WeightType::Bf16)]
+    pub dtype: WeightType,
+    /// Split the weights into files of at most this size, as in 5GB or 512MiB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    pub max_shard_size: u64,
+    /// Leave the tokenizer out
+    #[arg(long)]
+    pub no_tokenizer: bool,
+    /// Write into a folder that holds files already
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// A type of weights in files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ExportDType {
+pub enum WeightType {
     /// 16 bits, the range of fp32
     Bf16,
-    /// 16 bits; a number beyond 65504 is an error
+    /// 16 bits, up to 65504
     Fp16,
-    /// 32 bits, exactly what was trained
+    /// 32 bits
     Fp32,
 }
 
+/// Bytes, with a unit of 1000 (kB, MB, GB) or 1024 (KiB, MiB, GiB).
 fn size(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, u64); 9] = [
-        ("KiB", 1 << 10),
-        ("MiB", 1 << 20),
-        ("GiB", 1 << 30),
-        ("TiB", 1 << 40),
-        ("KB", 1000),
-        ("MB", 1_000_000),
-        ("GB", 1_000_000_000),
-        ("TB", 1_000_000_000_000),
-        ("B", 1),
-    ];
-    let unit = UNITS.iter().find_map(|&(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)));
-    let (number, unit) = unit.unwrap_or((text, 1));
-    match number.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(unit)) {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => 0,
+    };
+    match text[..digits].parse::<u64>().ok().and_then(|number| number.checked_mul(unit)) {
         Some(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err("expected a size such as 5GB, 500MB or 2GiB".to_owned()),
+        _ => Err("expected a size such as 5GB or 512MiB".to_owned()),
     }
 }
 
@@ -223,6 +285,10 @@ mod tests {
             "shardwise verify d",
             "shardwise export d e --dtype fp16 --max-shard-size 2GiB",
             "shardwise generate d --prompt x --temperature 0 --top-k 5 --seed 7 --max-tokens 1",
+            "shardwise eval d --text t.txt",
+            "shardwise eval d --text t.txt --seq-len 128 --max-tokens 1000 --json",
+            "shardwise import m.gguf d",
+            "shardwise import m.gguf d --dtype fp16 --max-shard-size 512MiB --no-tokenizer --overwrite",
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -246,6 +312,14 @@ mod tests {
             "shardwise generate d --prompt x --temperature nan",
             "shardwise generate d --prompt x --temperature=-1",
             "shardwise generate d --prompt x --top-k 0",
+            "shardwise eval d",
+            "shardwise eval d --text t.txt --seq-len 0",
+            "shardwise eval d --text t.txt --max-tokens 0",
+            "shardwise import m.gguf",
+            "shardwise import m.gguf d --dtype int8",
+            "shardwise import m.gguf d --max-shard-size 0",
+            "shardwise import m.gguf d --max-shard-size 5XB",
+            "shardwise import m.gguf d --max-shard-size 99999999999GB",
         ] {
             assert_eq!(parse(bad).expect_err(bad).exit_code(), 2, "{bad}");
         }
@@ -253,12 +327,18 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        for (text, bytes) in
-            [("5GB", 5_000_000_000), ("2GiB", 2 << 30), ("300", 300), ("7B", 7), ("1 TB", 1_000_000_000_000)]
-        {
+        for (text, bytes) in [
+            ("5GB", 5_000_000_000),
+            ("2GiB", 2 << 30),
+            ("300", 300),
+            ("7B", 7),
+            ("3kB", 3_000),
+            ("1 TB", 1_000_000_000_000),
+            ("1gib", 1 << 30),
+        ] {
             assert_eq!(size(text), Ok(bytes));
         }
-        for bad in ["", "GB", "-1GB", "1.5GB", "5gb", "5PB"] {
+        for bad in ["", "GB", "-1GB", "1.5GB", "5PB"] {
             assert!(size(bad).is_err(), "{bad}");
         }
     }

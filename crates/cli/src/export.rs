@@ -3,7 +3,7 @@
 use shardwise_checkpoint::FileDType;
 use shardwise_monitor::format_count;
 
-use crate::args::{ExportArgs, ExportDType};
+use crate::args::{ExportArgs, WeightType};
 use crate::checkpoint::{Meter, find};
 use crate::console::UsageError;
 use crate::{Exit, console};
@@ -16,9 +16,9 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
         return Err(UsageError::new(message, "export to a folder of the model's own").into());
     }
     let dtype = match args.dtype {
-        ExportDType::Bf16 => FileDType::Bf16,
-        ExportDType::Fp16 => FileDType::F16,
-        ExportDType::Fp32 => FileDType::F32,
+        WeightType::Bf16 => FileDType::Bf16,
+        WeightType::Fp16 => FileDType::F16,
+        WeightType::Fp32 => FileDType::F32,
     };
     let mut meter = Meter::new("exported");
     let exported =

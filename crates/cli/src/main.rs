@@ -8,8 +8,10 @@ mod args;
 mod check;
 mod checkpoint;
 mod console;
+mod eval;
 mod export;
 mod generate;
+mod import;
 mod inspect;
 mod out_dir;
 mod plan;
@@ -64,6 +66,8 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
+        Command::Eval(args) => eval::run(&args).map(|never| match never {}),
+        Command::Import(args) => import::run(&args),
     };
     result.unwrap_or_else(|error| tell(&error)).into()
 }

@@ -28,6 +28,10 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
         )
         .into());
     }
+    if let Some(text) = args.eval.as_deref().filter(|text| !text.is_file()) {
+        let message = format!("`--eval {}` is no file", text.display());
+        return Err(UsageError::new(message, "give a text that the model is not trained on").into());
+    }
     let worker = worker_binary::locate()?;
     let loaded = run_file::load(&args.run)?;
     loaded.check_files()?;
@@ -44,7 +48,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
     let run_id = random_id()?;
     let launch = Launch {
         worker,
-        args: worker_args(&args.run, &folder),
+        args: worker_args(&args.run, args.eval.as_deref(), &folder),
         num_ranks,
         threads_per_rank: config.threads_per_rank.unwrap_or_else(|| share_of_cores(num_ranks)),
         master_port: free_port(&run_id),
@@ -118,10 +122,13 @@ fn default_out(run_file: &Path) -> PathBuf {
     Path::new("out").join(run_file.file_stem().unwrap_or(run_file.as_os_str()))
 }
 
-fn worker_args(run: &RunArgs, out: &Path) -> Vec<OsString> {
+fn worker_args(run: &RunArgs, eval: Option<&Path>, out: &Path) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![run.run.clone().into(), "--out".into(), out.into()];
     for set in &run.sets {
         args.extend(["--set".into(), set.into()]);
+    }
+    if let Some(text) = eval {
+        args.extend(["--eval".into(), text.into()]);
     }
     args
 }
@@ -200,7 +207,9 @@ mod tests {
     #[test]
     fn the_worker_gets_the_same_run() {
         let run = RunArgs { run: "r.json".into(), ranks: 2, sets: vec!["a.b=c d".into(), "e=".into()] };
-        let args = worker_args(&run, Path::new("out/r"));
-        assert_eq!(args, ["r.json", "--out", "out/r", "--set", "a.b=c d", "--set", "e="]);
+        let args = worker_args(&run, Some(Path::new("held out.txt")), Path::new("out/r"));
+        let expected =
+            ["r.json", "--out", "out/r", "--set", "a.b=c d", "--set", "e=", "--eval", "held out.txt"];
+        assert_eq!(args, expected);
     }
 }

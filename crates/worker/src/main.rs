@@ -6,13 +6,15 @@
 //!
 //! A testing aid: `SHARDWISE_FAULT=kill:rank=1,step=3,phase=backward` makes a rank kill, stop or panic itself at that point ([`fault`]).
 //!
-//! `shardwise-worker generate` samples from a trained model, on one rank.
+//! `shardwise-worker generate` samples from a trained model and `shardwise-worker eval` measures it, on one rank.
 
 mod cores;
 mod data;
+mod eval;
 mod failure;
 mod fault;
 mod generate;
+mod inference;
 mod launch;
 mod model;
 mod sampling;
@@ -45,6 +47,8 @@ struct Cli {
 enum Command {
     /// Let a trained model continue a text
     Generate(GenerateArgs),
+    /// Measure a trained model's loss and perplexity on a text
+    Eval(EvalArgs),
 }
 
 #[derive(Debug, Args)]
@@ -60,6 +64,9 @@ struct TrainArgs {
     /// Override one value of the run file
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
     sets: Vec<String>,
+    /// Measure the loss on this text before and after training
+    #[arg(long, value_name = "FILE")]
+    eval: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +90,28 @@ struct GenerateArgs {
     seed: u64,
 }
 
+#[derive(Debug, Args)]
+struct EvalArgs {
+    /// Model folder: config.json, weights and tokenizer.json
+    dir: PathBuf,
+    /// A text that the model was not trained on
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Tokens of one window [default: 1024, or the model's positions if these are fewer]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    seq_len: Option<usize>,
+    /// Predict only the first N tokens of the text [default: all]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_tokens: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a whole number from 1".into())
+}
+
 /// As shells count a process that SIGTERM has ended.
 const STOPPED: u8 = 128 + signal_hook::consts::SIGTERM as u8;
 
@@ -92,6 +121,7 @@ fn main() -> ExitCode {
     let panic_place = note_panics();
     let outcome = panic::catch_unwind(|| match (cli.command, cli.train) {
         (Some(Command::Generate(args)), _) => generate::run(&args).map(|()| End::Finished),
+        (Some(Command::Eval(args)), _) => eval::run(&args).map(|()| End::Finished),
         (None, Some(args)) => Launch::from_env().and_then(|launch| train::run(&args, &launch)),
         (None, None) => Err(Failure::usage("no run file was given", "shardwise-worker RUN.json")),
     });

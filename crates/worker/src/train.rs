@@ -17,6 +17,7 @@ use shardwise_zero::StepOutcome;
 use crate::TrainArgs;
 use crate::cores;
 use crate::data::{self, TextTokenizer, Tokens};
+use crate::eval::HeldOut;
 use crate::failure::Failure;
 use crate::launch::Launch;
 use crate::model::Model;
@@ -65,17 +66,21 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     let model = Model::describe(config, vocab)?;
     let loader = data::loader(config, file, model.config.vocab_size())?;
 
+    let held_out = held_out(args, config, &model, tokenizer.as_ref())?;
+
     telemetry.phase("joining");
     let mut options = ShmOptions::new(launch.rank, launch.world_size, launch.rendezvous.clone());
     options.deadline = Duration::from_secs_f64(config.parallel.deadline_s);
-    options.fingerprint = fingerprint(&loaded);
+    options.fingerprint = fingerprint(&loaded, args);
     let group = shm::join(options)?;
     telemetry.phase("building the model");
     let mut engine = model.build(config, group.clone(), threads)?;
 
     let mut run = Run { config, launch, loader, stop, telemetry: &telemetry };
+    run.evaluate(&mut engine, held_out.as_ref(), "before training")?;
     let end = run.train(&mut engine)?;
     if end == End::Finished {
+        run.evaluate(&mut engine, held_out.as_ref(), "after training")?;
         telemetry.phase("saving the model");
         shardwise_models::save_hf(&mut engine, &dir.model(), &model.json)?;
         if let Some(text) = &tokenizer {
@@ -135,6 +140,16 @@ impl Run<'_> {
         Ok(End::Finished)
     }
 
+    /// Tells the loss on the text of `--eval`, if there is one.
+    fn evaluate(&self, engine: &mut Engine, text: Option<&HeldOut>, when: &str) -> Result<(), Failure> {
+        if let Some(text) = text {
+            self.telemetry.phase(&format!("evaluating {when}"));
+            let result = text.evaluate(engine)?;
+            self.telemetry.note(&format!("held-out text {when}: {result}"));
+        }
+        Ok(())
+    }
+
     fn batch(&self, step: u64, microbatch: usize) -> Result<Batch, BoxError> {
         let batch = self.loader.batch(step, microbatch, self.launch.rank)?;
         let tensor = |tokens: &[i64]| -> Result<Tensor, BoxError> {
@@ -183,6 +198,21 @@ impl Run<'_> {
     }
 }
 
+/// The text of `--eval`, in the run's own windows.
+fn held_out(
+    args: &TrainArgs,
+    config: &RunConfig,
+    model: &Model,
+    tokenizer: Option<&TextTokenizer>,
+) -> Result<Option<HeldOut>, Failure> {
+    let Some(path) = &args.eval else { return Ok(None) };
+    let Some(TextTokenizer { tokenizer, .. }) = tokenizer else {
+        let hint = "train on `data.text`, or measure the saved model with `shardwise eval`";
+        return Err(Failure::usage("`--eval` takes a text, but the run reads token ids", hint));
+    };
+    HeldOut::read(path, tokenizer, model.config.vocab_size(), config.data.seq_len, None).map(Some)
+}
+
 /// Set by SIGTERM: the loop ends after the step it is in.
 fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -198,9 +228,10 @@ fn threads(config: &RunConfig, launch: &Launch) -> Threads {
 }
 
 /// What must be equal on all ranks.
-fn fingerprint(loaded: &Loaded) -> String {
+fn fingerprint(loaded: &Loaded, args: &TrainArgs) -> String {
     let mut hasher = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut hasher);
     loaded.effective().to_json().to_string().hash(&mut hasher);
+    args.eval.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod case;
+mod eval;
 mod parity;
 mod ranks;
 mod same_bits;

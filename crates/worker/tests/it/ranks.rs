@@ -138,6 +138,11 @@ impl Ended {
         }
     }
 
+    /// Something in the output folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join("out").join(name)
+    }
+
     /// The bytes of the trained model.
     pub fn model(&self) -> Vec<u8> {
         fs::read(self.dir.path().join("out/model/model.safetensors")).unwrap()
