@@ -65,8 +65,13 @@ fn main() {
             threads: Threads::ONE,
         };
         let rank = group.group_rank();
-        let options =
-            EngineOptions { zero, frozen: vec![], activations: ActivationRules::default(), seed: 0 };
+        let options = EngineOptions {
+            zero,
+            frozen: vec![],
+            activations: ActivationRules::default(),
+            head_chunk_rows: None,
+            seed: 0,
+        };
         let mut engine = Engine::new(layers.collect(), options, group, &mut RandomInit { seed: 0 })?;
         (0..300).map(|step| Ok(engine.train_step(1e-2, |_| Ok(batch(step, rank)?))?.loss)).collect()
     });

@@ -16,6 +16,8 @@ use crate::console::UsageError;
 pub enum Existing {
     Refuse,
     Replace,
+    /// It goes on.
+    Continue,
 }
 
 /// A folder that this process alone writes a run to, as long as the value lives.
@@ -46,6 +48,9 @@ impl OutDir {
         })?;
         let lock = lock(&run)?;
         let clear = || format!("could not clear `{}`", folder.display());
+        if existing == Existing::Continue {
+            return Ok(OutDir { run, _lock: lock });
+        }
         let mut earlier = attempt(&run).with_context(clear)?;
         if existing == Existing::Replace {
             earlier.extend(results(&run).with_context(clear)?);
@@ -117,7 +122,10 @@ fn checkpoints(run: &RunDir) -> std::io::Result<Vec<PathBuf>> {
         let entry = entry?;
         let name = entry.file_name();
         let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
-        if step.is_some_and(|step| step.parse::<u64>().is_ok()) && entry.file_type()?.is_dir() {
+        let is_step = step.is_some_and(|step| step.parse::<u64>().is_ok()) && entry.file_type()?.is_dir();
+        // Saves that were cut off, and the name of the newest.
+        let is_left = name.to_str().is_some_and(|name| name == "latest" || name.starts_with(".tmp-step-"));
+        if is_step || is_left {
             found.push(entry.path());
         }
     }

@@ -1,7 +1,7 @@
 //! `shardwise train`: everything that can be refused is refused before a rank starts; then the ranks are
 //! supervised; then the end is told.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -21,13 +21,6 @@ use crate::{report, run_file, worker_binary};
 
 /// Trains, and says how the command ends.
 pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
-    if args.resume != "never" {
-        return Err(UsageError::new(
-            format!("`--resume {}` is not supported yet", args.resume.display()),
-            "leave it out to start from the beginning",
-        )
-        .into());
-    }
     if let Some(text) = args.eval.as_deref().filter(|text| !text.is_file()) {
         let message = format!("`--eval {}` is no file", text.display());
         return Err(UsageError::new(message, "give a text that the model is not trained on").into());
@@ -37,7 +30,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
     loaded.check_files()?;
     let config = &loaded.config;
     let folder = args.out.clone().unwrap_or_else(|| default_out(&args.run.run));
-    let existing = if args.overwrite { Existing::Replace } else { Existing::Refuse };
+    let existing = existing(args, &folder)?;
     let out = OutDir::prepare(&folder, existing, &run_file::inputs(&loaded)?)?;
 
     let effective = out.run().effective_config();
@@ -48,9 +41,9 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
     let run_id = random_id()?;
     let launch = Launch {
         worker,
-        args: worker_args(&args.run, args.eval.as_deref(), &folder),
+        args: worker_args(&args.run, args.eval.as_deref(), &args.resume, &folder),
         num_ranks,
-        threads_per_rank: config.threads_per_rank.unwrap_or_else(|| share_of_cores(num_ranks)),
+        threads_per_rank: config.threads(None, num_cores()),
         master_port: free_port(&run_id),
         run_id,
         run: out.run().clone(),
@@ -122,8 +115,32 @@ fn default_out(run_file: &Path) -> PathBuf {
     Path::new("out").join(run_file.file_stem().unwrap_or(run_file.as_os_str()))
 }
 
-fn worker_args(run: &RunArgs, eval: Option<&Path>, out: &Path) -> Vec<OsString> {
+/// What becomes of a run that the output folder already holds.
+fn existing(args: &TrainArgs, folder: &Path) -> anyhow::Result<Existing> {
+    if args.overwrite && args.resume == "auto" {
+        return Err(UsageError::new(
+            "`--resume auto` and `--overwrite` ask for opposite things",
+            "`--resume auto` goes on with the run in the folder, `--overwrite` replaces it",
+        )
+        .into());
+    }
+    let is_within = || {
+        let checkpoint = Path::new(&args.resume).canonicalize();
+        let folder = folder.canonicalize();
+        checkpoint.is_ok_and(|checkpoint| folder.is_ok_and(|folder| checkpoint.starts_with(folder)))
+    };
+    Ok(match () {
+        () if args.resume == "auto" || args.resume != "never" && is_within() => Existing::Continue,
+        () if args.overwrite => Existing::Replace,
+        () => Existing::Refuse,
+    })
+}
+
+fn worker_args(run: &RunArgs, eval: Option<&Path>, resume: &OsStr, out: &Path) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![run.run.clone().into(), "--out".into(), out.into()];
+    if resume != "never" {
+        args.extend(["--resume".into(), resume.to_owned()]);
+    }
     for set in &run.sets {
         args.extend(["--set".into(), set.into()]);
     }
@@ -133,10 +150,8 @@ fn worker_args(run: &RunArgs, eval: Option<&Path>, out: &Path) -> Vec<OsString> 
     args
 }
 
-/// Cores are shared out evenly; ranks that outnumber them get one thread each.
-fn share_of_cores(num_ranks: usize) -> usize {
-    let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    (num_cores / num_ranks).max(1)
+fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// 128 random bits, in hexadecimal.
@@ -196,8 +211,6 @@ mod tests {
     fn names_and_shares() {
         assert_eq!(default_out(Path::new("runs/small.toml")), Path::new("out/small"));
         assert_eq!(default_out(Path::new("demo")), Path::new("out/demo"));
-        assert!(share_of_cores(1) >= share_of_cores(2));
-        assert_eq!(share_of_cores(1 << 20), 1);
         let (a, b) = (random_id().unwrap(), random_id().unwrap());
         assert_eq!(a.len(), 32);
         assert_ne!(a, b);
@@ -207,9 +220,20 @@ mod tests {
     #[test]
     fn the_worker_gets_the_same_run() {
         let run = RunArgs { run: "r.json".into(), ranks: 2, sets: vec!["a.b=c d".into(), "e=".into()] };
-        let args = worker_args(&run, Some(Path::new("held out.txt")), Path::new("out/r"));
-        let expected =
-            ["r.json", "--out", "out/r", "--set", "a.b=c d", "--set", "e=", "--eval", "held out.txt"];
+        let args = worker_args(&run, Some(Path::new("held out.txt")), OsStr::new("auto"), Path::new("out/r"));
+        let expected = [
+            "r.json",
+            "--out",
+            "out/r",
+            "--resume",
+            "auto",
+            "--set",
+            "a.b=c d",
+            "--set",
+            "e=",
+            "--eval",
+            "held out.txt",
+        ];
         assert_eq!(args, expected);
     }
 }

@@ -23,6 +23,8 @@ pub struct EngineOptions {
     pub frozen: Vec<String>,
     /// What becomes of each layer's activations between forward and backward: time for memory, the same bits.
     pub activations: ActivationRules,
+    /// Rows whose scores over the vocabulary a head holds at a time; `None` leaves it to the head.
+    pub head_chunk_rows: Option<usize>,
     /// The seed of the random numbers that training draws, which are those of dropout.
     pub seed: u64,
 }
@@ -40,6 +42,7 @@ pub struct Engine {
     pub(crate) grad_accum_steps: usize,
     /// One for each layer.
     pub(crate) policies: Vec<ActivationPolicy>,
+    pub(crate) head_chunk_rows: Option<usize>,
     pub(crate) seed: u64,
     pub(crate) observer: Box<dyn FnMut(Phase) + Send>,
 }
@@ -113,6 +116,7 @@ impl Engine {
             zero,
             grad_accum_steps,
             policies,
+            head_chunk_rows: options.head_chunk_rows,
             seed: options.seed,
             observer: Box::new(|_| {}),
         })

@@ -39,12 +39,14 @@ pub struct Context<'a> {
     /// The gradient of the loss that the backward pass will begin with. Who computes gradients within the forward pass, as a
     /// head does, takes it in before they are rounded.
     pub loss_scale: f64,
+    /// Rows whose scores over the vocabulary a head holds at a time; `None` leaves it to the head.
+    pub head_chunk_rows: Option<usize>,
 }
 
 impl<'a> Context<'a> {
     /// The context of a model that does not learn.
     pub fn inference(target: Option<&'a Tensor>) -> Self {
-        Context { target, random: None, loss_scale: 1.0 }
+        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None }
     }
 }
 

@@ -11,9 +11,6 @@ use crate::parked::Parked;
 use crate::source::BoxError;
 use crate::{Batch, Context, Engine, EngineError, Phase, Randomness};
 
-/// The gradient of the loss that the backward pass begins with.
-const LOSS_SCALE: f64 = 1.0;
-
 /// What a step did.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainReport {
@@ -135,7 +132,12 @@ impl Engine {
     ) -> Result<Tensor, EngineError> {
         let num_rows = batch.input.size().first().map_or(1, |&rows| rows as usize);
         let random = Randomness { seed: self.seed, first_row: batch.first_row, num_rows };
-        let context = Context { target: Some(&batch.target), random: Some(random), loss_scale: LOSS_SCALE };
+        let context = Context {
+            target: Some(&batch.target),
+            random: Some(random),
+            loss_scale: self.zero.loss_scale(),
+            head_chunk_rows: self.head_chunk_rows,
+        };
         let params = self.bindings[index].params();
         self.layers[index].forward(&context, &params, input).map_err(|e| self.at(index, pass, e))
     }
@@ -167,7 +169,7 @@ impl Engine {
                 (self.observer)(Phase::Backward);
                 let dy = match dy {
                     Some(dy) => dy,
-                    None => output.f_full_like(LOSS_SCALE)?,
+                    None => output.f_full_like(self.zero.loss_scale())?,
                 };
                 (grad, param_grads) = self.grads(index, &input, &output, &dy)?;
                 self.release(index)?;

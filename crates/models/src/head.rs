@@ -43,7 +43,10 @@ impl Layer for LmHead {
         let weight = params.get("weight")?;
         match context.target {
             Some(target) => {
-                let loss = LinearCrossEntropy { loss_scale: context.loss_scale, ..Default::default() };
+                let loss = LinearCrossEntropy {
+                    chunk_rows: context.head_chunk_rows,
+                    loss_scale: context.loss_scale,
+                };
                 loss.forward(&x, weight, target)
             }
             None => ops::linear(&x, weight, None),

@@ -80,7 +80,7 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         threads: Threads::ONE,
     };
     let activations = case.activations.clone();
-    let options = EngineOptions { zero, frozen: vec![], activations, seed: 1 };
+    let options = EngineOptions { zero, frozen: vec![], activations, head_chunk_rows: None, seed: 1 };
     let mut engine =
         Engine::new(build(&model).unwrap(), options, solo(), &mut RandomInit { seed: 1 }).unwrap();
     let size = [case.micro_batch as i64, SEQ_LEN as i64];

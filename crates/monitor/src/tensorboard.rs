@@ -49,10 +49,8 @@ impl TensorBoardWriter {
     pub fn purge_from(&mut self, step: u64) -> Result<(), MonitorError> {
         const SESSION_STARTS: u64 = 1;
         let session = Message::new().varint_field(1, SESSION_STARTS);
-        let event = Message::new()
-            .double(1, unix_time(SystemTime::now()))
-            .varint_field(2, step)
-            .bytes(7, &session.0);
+        let event =
+            Message::new().double(1, unix_time(SystemTime::now())).varint_field(2, step).bytes(7, &session.0);
         self.file.write_all(&frame(&event.0)).map_err(MonitorError::file("write", &self.path))
     }
 

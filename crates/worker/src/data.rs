@@ -20,15 +20,29 @@ pub struct TextTokenizer {
     pub tokenizer: Tokenizer,
 }
 
+/// Opens another token file of the run, with ids as wide as those it trains on.
+pub fn open_tokens(path: &std::path::Path, run: &RunConfig) -> Result<TokenFile, Failure> {
+    match &run.data.source {
+        DataSource::Tokens { dtype, .. } => Ok(TokenFile::open(path, width(*dtype))?),
+        DataSource::Text { .. } => Err(Failure::usage(
+            "`eval.tokens` needs `data.tokens`",
+            "give `eval.text`, as the run reads text",
+        )),
+    }
+}
+
+fn width(dtype: TokenDType) -> data::TokenDType {
+    match dtype {
+        TokenDType::U16 => data::TokenDType::U16,
+        TokenDType::U32 => data::TokenDType::U32,
+    }
+}
+
 /// Opens the token file, or makes it from text: once, whoever of the ranks comes first, into the cache.
 pub fn open(loaded: &Loaded, cache: &std::path::Path, telemetry: &Telemetry) -> Result<Tokens, Failure> {
     match &loaded.config.data.source {
         DataSource::Tokens { tokens, dtype } => {
-            let dtype = match dtype {
-                TokenDType::U16 => data::TokenDType::U16,
-                TokenDType::U32 => data::TokenDType::U32,
-            };
-            Ok(Tokens { file: TokenFile::open(tokens, dtype)?, tokenizer: None })
+            Ok(Tokens { file: TokenFile::open(tokens, width(*dtype))?, tokenizer: None })
         }
         DataSource::Text { tokenizer, .. } => {
             telemetry.phase("preparing text");

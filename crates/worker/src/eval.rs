@@ -14,7 +14,7 @@ use std::fmt;
 use std::path::Path;
 
 use serde_json::json;
-use shardwise_data::Tokenizer;
+use shardwise_data::{TokenFile, Tokenizer};
 use shardwise_engine::Engine;
 use shardwise_torch::Tensor;
 
@@ -79,6 +79,18 @@ impl HeldOut {
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
             return Err(refuse(format!("has token `{token}`, the model has `{vocab_size}`")));
         }
+        Ok(HeldOut { tokens, seq_len })
+    }
+
+    /// Takes the first tokens of a file, of which at most `max_tokens` are to be predicted.
+    pub fn from_tokens(file: &TokenFile, seq_len: usize, max_tokens: Option<usize>) -> Result<Self, Failure> {
+        let num_tokens = max_tokens.map_or(usize::MAX, |max| max.saturating_add(1)).min(file.num_tokens());
+        if num_tokens < 2 {
+            let message = format!("held-out tokens `{}` are `{num_tokens}`", file.path().display());
+            return Err(Failure::usage(message, "give at least two"));
+        }
+        let mut tokens = vec![0; num_tokens];
+        file.copy_to_i64(0..num_tokens, &mut tokens)?;
         Ok(HeldOut { tokens, seq_len })
     }
 

@@ -10,7 +10,7 @@ use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, read_config};
 use shardwise_plan::ZeroStage;
 use shardwise_plan::zoo::ModelConfig;
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
 
 use crate::failure::Failure;
 
@@ -32,13 +32,29 @@ impl Trained {
             compute: DType::F32,
             grad_accum_steps: 1,
             clip_grad_norm: None,
-            adamw: AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
-            no_decay: Vec::new(),
+            optimizer: Optimizer::AdamW(AdamOptions {
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.0,
+                bias_correction: BiasCorrection::On,
+            }),
+            groups: Vec::new(),
+            states: StatePrecision::F32,
             overlap: Overlap::Inline,
             threads: Threads::ONE,
+            loss_scaling: None,
+            on_non_finite: Default::default(),
+            reduction: Default::default(),
         };
         // Nothing is trained, so there are no gradients and no optimizer states.
-        let options = EngineOptions { zero, frozen: vec!["*".into()] };
+        let options = EngineOptions {
+            zero,
+            frozen: vec!["*".into()],
+            activations: Default::default(),
+            head_chunk_rows: None,
+            seed: 0,
+        };
         let engine = Engine::new(shardwise_models::build(&config)?, options, solo(), &mut source)?;
         Ok(Trained { config, tokenizer, engine })
     }

@@ -17,7 +17,10 @@ mod generate;
 mod inference;
 mod launch;
 mod model;
+mod options;
+mod resume;
 mod sampling;
+mod saving;
 mod telemetry;
 mod train;
 

@@ -21,8 +21,19 @@ impl Telemetry {
     }
 
     /// Rank 0: metrics go to `dir`, and to standard error if there is no supervisor to show them.
-    pub fn record_to(&mut self, dir: &RunDir, total_steps: u64, every: PrintEvery) -> Result<(), Failure> {
-        self.recorder = Some(Mutex::new(RunRecorder::open(dir.path())?));
+    /// A run that goes on after `resumed` steps writes what comes after them.
+    pub fn record_to(
+        &mut self,
+        dir: &RunDir,
+        total_steps: u64,
+        resumed: Option<u64>,
+        every: PrintEvery,
+    ) -> Result<(), Failure> {
+        let recorder = match resumed {
+            Some(step) => RunRecorder::resume(dir.path(), step)?,
+            None => RunRecorder::open(dir.path())?,
+        };
+        self.recorder = Some(Mutex::new(recorder));
         if !is_supervised() {
             self.progress = Some(Mutex::new(Progress::plain(total_steps, every, std::io::stderr())));
         }
@@ -51,6 +62,12 @@ impl Telemetry {
             events().send(&Event::Note { text: text.into() });
             self.show(|progress| progress.note(text));
         }
+    }
+
+    /// What every rank may have to say.
+    pub fn warn(&self, text: &str) {
+        let _ = writeln!(std::io::stderr(), "warning: {text}");
+        events().send(&Event::Note { text: text.into() });
     }
 
     pub fn sample(&self, text: String) {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use shardwise_checkpoint::state::{Attachment, Mesh};
 use shardwise_comm::shm::{self, ShmOptions};
-use shardwise_config::{Loaded, RunConfig};
+use shardwise_config::{EvalSource, Loaded, RunConfig};
 use shardwise_data::Loader;
 use shardwise_engine::{Batch, BoxError, Engine, TrainReport};
 use shardwise_kernels::Threads;
@@ -20,14 +21,24 @@ use crate::data::{self, TextTokenizer, Tokens};
 use crate::eval::HeldOut;
 use crate::failure::Failure;
 use crate::launch::Launch;
-use crate::model::Model;
+use crate::model::{Model, num_cores};
+use crate::resume::{self, Resumed};
 use crate::sampling::{Sampling, continue_tokens};
+use crate::saving::{Fixed, Saver};
 use crate::telemetry::Telemetry;
 
 /// Tokens of the sample at the end.
 const SAMPLE_TOKENS: usize = 120;
 /// Tokens of the training text that the sample begins with.
 const PROMPT_TOKENS: usize = 8;
+
+/// Who decides whether training waits for a save.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SaveHow {
+    AsConfigured,
+    /// It waits: nothing comes after.
+    Now,
+}
 
 /// How far a run came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,25 +52,28 @@ pub enum End {
 pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     let mut telemetry = Telemetry::new();
     telemetry.phase("starting");
-    if args.resume != "never" {
-        let message = format!("`--resume {}` is not supported yet", args.resume.display());
-        return Err(Failure::usage(message, "only `never` is"));
-    }
     let loaded = RunConfig::load(&args.run, &args.sets, launch.world_size).map_err(Failure::configuration)?;
     loaded.check_files().map_err(Failure::configuration)?;
     let config = &loaded.config;
     let stop = stop_flag()?;
-    let threads = threads(config, launch);
+    let threads = Threads::new(config.threads(launch.threads, num_cores())).unwrap_or(Threads::ONE);
     cores::take_share(launch.rank, launch.world_size, threads.get());
     set_num_threads(threads.get());
     memory::install();
 
     let dir = RunDir::new(&args.out);
+    let resumed = resume::find(&args.resume, dir.path())?;
+    if let Some(resumed) = &resumed {
+        resumed.check(config)?;
+    }
     if launch.rank == 0 {
         let every = config.report.steps_per_print.map_or(PrintEvery::Auto, PrintEvery::Steps);
         std::fs::create_dir_all(dir.path())?;
         std::fs::write(dir.effective_config(), format!("{:#}\n", loaded.effective().to_json()))?;
-        telemetry.record_to(&dir, config.steps, every)?;
+        // `auto` that finds nothing begins again: what a run without a checkpoint left is void.
+        let last_step = (args.resume != "never").then(|| resumed.as_ref().map_or(0, Resumed::step));
+        telemetry.record_to(&dir, config.steps, last_step, every)?;
+        resumed.iter().for_each(|resumed| resumed.tell(&telemetry));
     }
     let Tokens { file, tokenizer } = data::open(&loaded, &args.out.join("cache"), &telemetry)?;
     let vocab = tokenizer.as_ref().map(|text| text.tokenizer.vocab_size());
@@ -71,17 +85,33 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     telemetry.phase("joining");
     let mut options = ShmOptions::new(launch.rank, launch.world_size, launch.rendezvous.clone());
     options.deadline = Duration::from_secs_f64(config.parallel.deadline_s);
-    options.fingerprint = fingerprint(&loaded, args);
+    options.fingerprint = fingerprint(&loaded, args, resumed.as_ref());
     let group = shm::join(options)?;
     telemetry.phase("building the model");
-    let mut engine = model.build(config, group.clone(), threads)?;
+    let mut engine = model.build(config, group.clone(), threads, resumed.as_ref())?;
 
-    let mut run = Run { config, launch, loader, stop, telemetry: &telemetry };
-    run.evaluate(&mut engine, held_out.as_ref(), "before training")?;
+    let fixed = Fixed {
+        mesh: Mesh {
+            world_size: config.parallel.world_size,
+            zero_stage: config.zero.stage as u8,
+            pipeline: config.parallel.pipeline,
+            data: config.parallel.data,
+            tensor: config.parallel.tensor,
+        },
+        config: loaded.effective().to_json(),
+        attached: attachments(&model, tokenizer.as_ref())?,
+    };
+    let saver = Saver::new(config.checkpoint, dir.checkpoints(), fixed, engine.zero(), &telemetry)?;
+    let first_step = resumed.as_ref().map_or(0, Resumed::step);
+    let mut run = Run { config, launch, loader, held_out, stop, telemetry: &telemetry, first_step, saver };
+    run.evaluate(&mut engine, run.first_step)?;
     let end = run.train(&mut engine)?;
+    run.saver.finish(&engine)?;
     if end == End::Finished {
-        run.evaluate(&mut engine, held_out.as_ref(), "after training")?;
+        run.evaluate(&mut engine, config.steps)?;
         telemetry.phase("saving the model");
+        // Nothing of a step is needed any more, and writing needs a whole unit in fp32.
+        memory::release_cached();
         shardwise_models::save_hf(&mut engine, &dir.model(), &model.json)?;
         if let Some(text) = &tokenizer {
             if launch.rank == 0 {
@@ -101,38 +131,74 @@ struct Run<'a> {
     config: &'a RunConfig,
     launch: &'a Launch,
     loader: Loader,
+    held_out: Option<HeldOut>,
     stop: Arc<AtomicBool>,
     telemetry: &'a Telemetry,
+    /// Steps done before, by the run that this one resumes.
+    first_step: u64,
+    saver: Saver<'a>,
 }
 
 impl Run<'_> {
     /// Trains all steps, unless it is asked to stop before.
     fn train(&mut self, engine: &mut Engine) -> Result<End, Failure> {
-        let mut applied = 0u64;
-        for step in 0..self.config.steps {
+        for step in self.first_step..self.config.steps {
             self.telemetry.begin_step(step + 1);
             if let Some(fault) = self.launch.fault.filter(|fault| fault.step == step + 1) {
                 fault.arm(engine);
             }
+            let applied = engine.zero().num_steps();
             let lr = self.config.lr_schedule.lr(applied);
+            if let Some(momentum) = self.config.lr_schedule.momentum(applied) {
+                engine.zero_mut().set_momentum(momentum)?;
+            }
             let sent_before = engine.zero().group().ledger().total().sent_bytes;
+            let exposed_before = engine.zero().exposed_comm();
             let start = Instant::now();
             let report = engine.train_step(lr, |microbatch| self.batch(step, microbatch))?;
             // The step's time and bytes include what is still under way on the side thread.
             engine.zero().drain()?;
             let step_s = start.elapsed().as_secs_f64();
-            applied += u64::from(report.step.outcome == StepOutcome::Applied);
+            let exposed_s = (engine.zero().exposed_comm() - exposed_before).as_secs_f64();
             let sent = engine.zero().group().ledger().total().sent_bytes - sent_before;
             let stop = self.stop.load(Ordering::Relaxed);
             // One exchange after the step: what is the same on all ranks afterwards includes the wish to stop.
-            let mine = [sent as f64, peak_rss_bytes()? as f64, step_s, f64::from(u8::from(stop))];
+            let mine = [
+                sent as f64,
+                peak_rss_bytes()? as f64,
+                step_s,
+                exposed_s,
+                f64::from(u8::from(stop)),
+                self.saver.standing(),
+            ];
             let ranks = engine.zero().exchange(&mine)?;
             let most = |i: usize| ranks.iter().map(|rank| rank[i]).fold(0.0, f64::max);
-            self.telemetry.step(self.metrics(step + 1, lr, &report, [most(0), most(1), most(2)]))?;
-            if let StepOutcome::Skipped { reason } = report.step.outcome {
-                self.telemetry.note(&format!("step {} was skipped: {reason}", step + 1));
+            let most_of = [most(0), most(1), most(2), most(3)];
+            self.telemetry.step(self.metrics(step + 1, lr, &report, most_of))?;
+            self.saver.proceed(ranks.iter().map(|rank| rank[5]))?;
+            match report.step.outcome {
+                StepOutcome::Applied => {}
+                StepOutcome::Skipped { reason } => {
+                    self.telemetry.note(&format!("step {} was skipped: {reason}", step + 1));
+                }
+                StepOutcome::Diverged { error } => {
+                    self.save(engine, step + 1, SaveHow::Now)?;
+                    return Err(anyhow::Error::new(error)
+                        .context(format!("stopped at step {}", step + 1))
+                        .into());
+                }
             }
-            if most(3) > 0.0 {
+            let stop = most(4) > 0.0;
+            let every = self.config.eval.as_ref().and_then(|eval| eval.every);
+            if every.is_some_and(|every| (step + 1).is_multiple_of(every)) && step + 1 < self.config.steps {
+                self.evaluate(engine, step + 1)?;
+            }
+            if self.saver.is_due(step + 1, self.config.steps) {
+                self.save(engine, step + 1, if stop { SaveHow::Now } else { SaveHow::AsConfigured })?;
+            } else if stop && self.saver.is_on() {
+                self.save(engine, step + 1, SaveHow::Now)?;
+            }
+            if stop {
                 self.telemetry.note(&format!("stopped after step {}, as asked", step + 1));
                 return Ok(End::Stopped);
             }
@@ -140,11 +206,24 @@ impl Run<'_> {
         Ok(End::Finished)
     }
 
-    /// Tells the loss on the text of `--eval`, if there is one.
-    fn evaluate(&self, engine: &mut Engine, text: Option<&HeldOut>, when: &str) -> Result<(), Failure> {
-        if let Some(text) = text {
-            self.telemetry.phase(&format!("evaluating {when}"));
+    fn save(&mut self, engine: &mut Engine, step: u64, how: SaveHow) -> Result<(), Failure> {
+        let state = resume::run_state(self.config, engine);
+        match how {
+            SaveHow::Now => self.saver.save_now(engine, step, state),
+            SaveHow::AsConfigured => self.saver.save(engine, step, state),
+        }
+    }
+
+    /// Tells the loss on the held-out text, if there is one, after `step` steps.
+    fn evaluate(&self, engine: &mut Engine, step: u64) -> Result<(), Failure> {
+        if let Some(text) = &self.held_out {
+            self.telemetry.phase("evaluating");
             let result = text.evaluate(engine)?;
+            let when = match step {
+                0 => "before training".to_owned(),
+                _ if step == self.config.steps => "after training".to_owned(),
+                _ => format!("after step {step}"),
+            };
             self.telemetry.note(&format!("held-out text {when}: {result}"));
         }
         Ok(())
@@ -163,22 +242,25 @@ impl Run<'_> {
         Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row })
     }
 
-    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 3]) -> StepMetrics {
-        let [sent_bytes, rss_bytes, step_s] = most;
+    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 4]) -> StepMetrics {
+        let [sent_bytes, rss_bytes, step_s, exposed_comm_s] = most;
         let tokens = (self.config.batch.global_batch_size * self.config.data.seq_len) as u64;
         StepMetrics {
             step,
             loss: report.loss,
             grad_norm: report.step.grad_norm,
             lr,
-            loss_scale: None,
+            loss_scale: report.step.loss_scale,
             outcome: match report.step.outcome {
                 StepOutcome::Applied => Outcome::Applied,
-                StepOutcome::Skipped { .. } => Outcome::Skipped,
+                StepOutcome::Skipped { .. } | StepOutcome::Diverged { .. } => Outcome::Skipped,
             },
             tokens,
             tokens_per_s: tokens as f64 / step_s,
             step_s,
+            skipped_steps: report.step.num_skipped,
+            group_lrs: self.config.train.groups.iter().map(|group| lr * group.lr_scale).collect(),
+            exposed_comm_s,
             comm_bytes: sent_bytes as u64,
             peak_rss_mb: rss_bytes / (1u64 << 20) as f64,
             device_peak_mb: None,
@@ -198,19 +280,29 @@ impl Run<'_> {
     }
 }
 
-/// The text of `--eval`, in the run's own windows.
+/// What the run is measured on besides, in its own windows: `--eval`, or else what the run file says.
 fn held_out(
     args: &TrainArgs,
     config: &RunConfig,
     model: &Model,
     tokenizer: Option<&TextTokenizer>,
 ) -> Result<Option<HeldOut>, Failure> {
-    let Some(path) = &args.eval else { return Ok(None) };
+    let (vocab_size, seq_len) = (model.config.vocab_size(), config.data.seq_len);
+    let max_tokens = config.eval.as_ref().and_then(|eval| eval.max_tokens).map(|max| max as usize);
+    let (path, name, max_tokens) = match (&args.eval, config.eval.as_ref().map(|eval| &eval.source)) {
+        (Some(path), _) => (path, "--eval", None),
+        (None, Some(EvalSource::Text(path))) => (path, "eval.text", max_tokens),
+        (None, Some(EvalSource::Tokens(path))) => {
+            let file = data::open_tokens(path, config)?.with_vocab_size(vocab_size);
+            return HeldOut::from_tokens(&file, seq_len, max_tokens).map(Some);
+        }
+        (None, None) => return Ok(None),
+    };
     let Some(TextTokenizer { tokenizer, .. }) = tokenizer else {
         let hint = "train on `data.text`, or measure the saved model with `shardwise eval`";
-        return Err(Failure::usage("`--eval` takes a text, but the run reads token ids", hint));
+        return Err(Failure::usage(format!("`{name}` names a text, but the run reads token ids"), hint));
     };
-    HeldOut::read(path, tokenizer, model.config.vocab_size(), config.data.seq_len, None).map(Some)
+    HeldOut::read(path, tokenizer, vocab_size, seq_len, max_tokens).map(Some)
 }
 
 /// Set by SIGTERM: the loop ends after the step it is in.
@@ -220,18 +312,23 @@ fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
     Ok(stop)
 }
 
-/// The run file's number, the launcher's, or an even share of the cores.
-fn threads(config: &RunConfig, launch: &Launch) -> Threads {
-    let share = || std::thread::available_parallelism().map_or(1, usize::from) / launch.world_size;
-    let count = config.threads_per_rank.or(launch.threads).unwrap_or_else(share);
-    Threads::new(count.max(1)).unwrap_or(Threads::ONE)
+/// What a checkpoint carries besides the state, so that it can be turned into a Hugging Face folder.
+fn attachments(model: &Model, tokenizer: Option<&TextTokenizer>) -> Result<Vec<Attachment>, Failure> {
+    let config = format!("{:#}\n", model.json);
+    let mut files = vec![Attachment { name: "config.json".into(), bytes: config.into_bytes().into() }];
+    if let Some(text) = tokenizer {
+        let bytes = std::fs::read(&text.path)?;
+        files.push(Attachment { name: "tokenizer.json".into(), bytes: bytes.into() });
+    }
+    Ok(files)
 }
 
 /// What must be equal on all ranks.
-fn fingerprint(loaded: &Loaded, args: &TrainArgs) -> String {
+fn fingerprint(loaded: &Loaded, args: &TrainArgs, resumed: Option<&Resumed>) -> String {
     let mut hasher = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut hasher);
     loaded.effective().to_json().to_string().hash(&mut hasher);
     args.eval.hash(&mut hasher);
+    resumed.map(Resumed::identity).hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

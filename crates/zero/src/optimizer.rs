@@ -10,7 +10,7 @@ use std::mem::replace;
 use shardwise_device::DType;
 use shardwise_kernels::{convert, norm};
 
-use crate::algorithm::not_negative;
+use crate::algorithm::{Algorithm, not_negative};
 use crate::unit::{GradState, Unit};
 use crate::update::Update;
 use crate::{StepReport, Zero, ZeroError};
@@ -59,6 +59,30 @@ impl Zero {
         }
         self.finish_update(update)?;
         Ok(report)
+    }
+
+    /// Sets the momentum of the steps to come: SGD's, or the decay of the mean of gradients (`beta1`) of Adam, AdamW, Lion
+    /// and LAMB. For schedules that move it; the others have none to move.
+    ///
+    /// # Errors
+    /// [`ZeroError::WrongOption`] for a number that is no momentum.
+    pub fn set_momentum(&mut self, momentum: f64) -> Result<(), ZeroError> {
+        if !(0.0..1.0).contains(&momentum) {
+            let (got, expected) = (momentum.to_string(), "at least `0` and below `1`");
+            return Err(ZeroError::WrongOption { option: "momentum", got, expected });
+        }
+        for piece in
+            self.units.iter_mut().flat_map(|unit| &mut unit.trained).flat_map(|trained| &mut trained.pieces)
+        {
+            match &mut piece.settings.algorithm {
+                Algorithm::Adam(adam, _) => adam.beta1 = momentum,
+                Algorithm::Sgd(sgd) if sgd.momentum != 0.0 => sgd.momentum = momentum,
+                Algorithm::Lion(lion) => lion.beta1 = momentum,
+                Algorithm::Lamb(lamb) => lamb.beta1 = momentum,
+                Algorithm::Sgd(_) | Algorithm::Adagrad(_) | Algorithm::Muon { .. } => {}
+            }
+        }
+        Ok(())
     }
 
     /// Puts an fp32 copy of the owned gradient in the place of one that is kept in 16 bits: the update reads fp32.

@@ -161,7 +161,13 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         on_non_finite: Default::default(),
         reduction: Default::default(),
     };
-    EngineOptions { zero, frozen: vec![], activations: ActivationRules::default(), seed: 5 }
+    EngineOptions {
+        zero,
+        frozen: vec![],
+        activations: ActivationRules::default(),
+        head_chunk_rows: None,
+        seed: 5,
+    }
 }
 
 pub fn engine(
