@@ -3,13 +3,11 @@
 //!     cargo run --release -p shardwise-engine --example custom_model
 
 use shardwise_comm::thread;
-use shardwise_device::DType;
 use shardwise_engine::{Batch, Context, Engine, EngineError, EngineOptions, Layer, Params, RandomInit, ops};
-use shardwise_kernels::Threads;
-use shardwise_plan::{ActivationRules, Init, LayerSpec, ParamSpec, ZeroStage};
+use shardwise_plan::{Init, LayerSpec, NamePattern, ParamSpec, ZeroStage};
 use shardwise_torch::tch::Reduction;
 use shardwise_torch::{Kind, Tensor};
-use shardwise_zero::{AdamWOptions, Overlap, ZeroOptions};
+use shardwise_zero::{AdamOptions, Optimizer, ParamGroup, ZeroOptions};
 
 /// `tanh(x W^T + b)`; the last one has no `tanh` and compares with the target instead.
 struct Dense {
@@ -54,24 +52,15 @@ fn main() {
             let (inputs, outputs) = (sizes[i], sizes[i + 1]);
             Box::new(Dense { name: format!("dense.{i}"), inputs, outputs, is_last: i == 2 }) as Box<dyn Layer>
         });
+        let adamw = Optimizer::AdamW(AdamOptions::default());
+        let no_decay = ParamGroup::no_decay(vec![NamePattern::new("*.bias")]);
         let zero = ZeroOptions {
-            stage: ZeroStage::Three,
-            compute: DType::F32,
-            grad_accum_steps: 1,
             clip_grad_norm: Some(1.0),
-            adamw: AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 },
-            no_decay: vec!["*.bias".into()],
-            overlap: Overlap::Inline,
-            threads: Threads::ONE,
+            groups: vec![no_decay],
+            ..ZeroOptions::new(ZeroStage::Three, adamw)
         };
         let rank = group.group_rank();
-        let options = EngineOptions {
-            zero,
-            frozen: vec![],
-            activations: ActivationRules::default(),
-            head_chunk_rows: None,
-            seed: 0,
-        };
+        let options = EngineOptions::new(zero);
         let mut engine = Engine::new(layers.collect(), options, group, &mut RandomInit { seed: 0 })?;
         (0..300).map(|step| Ok(engine.train_step(1e-2, |_| Ok(batch(step, rank)?))?.loss)).collect()
     });

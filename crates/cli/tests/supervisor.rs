@@ -436,7 +436,7 @@ fn refusals_come_before_any_rank_starts() {
         assert!(!bench.path("pid-0").exists());
     };
     expect(&["train", "run.json", "--out", "run.json/x"], "could not make the output folder `run.json/x`");
-    expect(&["train", "run.json", "--resume", "auto"], "`--resume auto` is not supported yet");
+    expect(&["train", "run.json", "--resume", "auto", "--overwrite"], "ask for opposite things");
     expect(&["train", "absent.json"], "absent.json");
     expect(&["train", "run.json", "-n", "0"], "0 is not in 1..=4096");
     expect(&["train", "run.json", "--set", "stepps=4"], "stepps");

@@ -29,6 +29,14 @@ pub struct EngineOptions {
     pub seed: u64,
 }
 
+impl EngineOptions {
+    /// All parameters are trained, all activations kept.
+    pub fn new(zero: ZeroOptions) -> Self {
+        let activations = ActivationRules::default();
+        EngineOptions { zero, frozen: Vec::new(), activations, head_chunk_rows: None, seed: 0 }
+    }
+}
+
 /// One rank of a training run: a model and this rank's part of its state.
 pub struct Engine {
     // Tensors over the state's memory come first, for they must go first.

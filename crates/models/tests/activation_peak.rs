@@ -20,7 +20,7 @@ use shardwise_plan::run::{RunPlan, RunShape};
 use shardwise_plan::zoo::ModelConfig;
 use shardwise_plan::{ActivationPolicy, ActivationRules, Mesh, NamePattern, Overlap, ZeroStage};
 use shardwise_torch::{Device, Kind, Tensor, memory, set_num_threads};
-use shardwise_zero::{AdamWOptions, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, StatePrecision, ZeroOptions};
 
 /// Relative error that a prediction may have.
 const TOLERANCE: f64 = 0.15;
@@ -58,6 +58,9 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         mesh: Mesh::new(1, 1, 1).unwrap(),
         stage: ZeroStage::Zero,
         compute_bytes: case.compute.size_bytes(),
+        precision: if case.compute == DType::F32 { "fp32" } else { "bf16" },
+        optimizer_bytes: 8,
+        grad_bytes: 4,
         micro_batch: case.micro_batch,
         seq_len: SEQ_LEN,
         grad_accum_steps: 1,
@@ -65,6 +68,7 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         activations: case.activations.clone(),
         frozen: vec![],
         no_decay: vec![],
+        grouped: vec![],
     };
     let plan = RunPlan::new(shape).unwrap();
     let planned = plan.memory().activations + plan.memory().layer_grads + plan.memory().temporaries;
@@ -74,10 +78,20 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         compute: case.compute,
         grad_accum_steps: 1,
         clip_grad_norm: None,
-        adamw: AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
-        no_decay: vec![],
+        optimizer: Optimizer::AdamW(AdamOptions {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            bias_correction: BiasCorrection::On,
+        }),
+        groups: vec![],
+        states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
     };
     let activations = case.activations.clone();
     let options = EngineOptions { zero, frozen: vec![], activations, head_chunk_rows: None, seed: 1 };

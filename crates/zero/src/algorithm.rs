@@ -40,6 +40,14 @@ pub struct AdamOptions {
     pub bias_correction: BiasCorrection,
 }
 
+impl Default for AdamOptions {
+    /// As in `torch.optim.AdamW`.
+    fn default() -> Self {
+        let bias_correction = BiasCorrection::On;
+        AdamOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias_correction }
+    }
+}
+
 /// Hyperparameters of stochastic gradient descent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SgdOptions {

@@ -56,6 +56,24 @@ impl Default for OnNonFinite {
 }
 
 impl ZeroOptions {
+    /// Training in fp32 on one thread, without accumulation or clipping; the fields say what else there is.
+    pub fn new(stage: ZeroStage, optimizer: Optimizer) -> Self {
+        ZeroOptions {
+            stage,
+            compute: DType::F32,
+            grad_accum_steps: 1,
+            clip_grad_norm: None,
+            optimizer,
+            groups: Vec::new(),
+            states: StatePrecision::F32,
+            overlap: Overlap::Inline,
+            threads: Threads::ONE,
+            loss_scaling: None,
+            on_non_finite: OnNonFinite::default(),
+            reduction: ReductionOptions::default(),
+        }
+    }
+
     /// # Errors
     /// [`ZeroError::WrongOption`] for what would train nothing, or something else, in silence.
     pub(crate) fn check(&self) -> Result<(), ZeroError> {

@@ -99,21 +99,26 @@ impl ModelConfig {
         let share = |width: usize| width.div_ceil(degree);
         let q = share(widths.query);
         let kv = widths.key_value / widths.num_kv_heads * widths.num_kv_heads.div_ceil(degree);
-        let mlp = widths.num_mlp_matrices * share(widths.intermediate);
-        let probabilities = if widths.drops_attention { 2 * share(widths.num_heads) * seq_len } else { 0 };
+        let f = share(widths.intermediate);
+        let mlp = widths.num_mlp_matrices * f;
+        let probabilities = if widths.drops_attention { share(widths.num_heads) * seq_len } else { 0 };
         let between = match sequence {
             SequenceParallel::Off => d,
             SequenceParallel::On => share(d),
         };
+        // Dropped attention of grouped queries holds keys and values for every head.
+        let repeated = if widths.drops_attention && kv < q { 2 * q } else { 0 };
         // Two normalised inputs and the residual; q, k, v and the attention's output; the MLP's own.
-        let kept = 3 * between + 2 * q + 2 * kv + mlp + probabilities;
-        let attention = match self {
-            ModelConfig::Llama(_) => 2 * (q + kv),
-            ModelConfig::Gpt2(_) => 4 * q,
+        let kept = 3 * between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
+        // As for one rank: within the MLP one gradient is gone by the end; attention follows when what the MLP held is gone.
+        let (within_mlp, gone) = match self {
+            ModelConfig::Llama(_) => (2 * f, mlp + between),
+            ModelConfig::Gpt2(_) => (f + between, mlp + between),
         };
+        let attention = (2 * (q + kv) + repeated + probabilities).saturating_sub(gone);
         // Split tokens are gathered for a linear layer, and again for its backward.
         let gathered = if between < d { d } else { 0 };
-        let backward = mlp.max(attention + probabilities) + gathered;
+        let backward = within_mlp.max(attention) + gathered;
         let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
         let embedding = LayerActivations { output: between, ..LayerActivations::default() };
         let shape = HeadShape {

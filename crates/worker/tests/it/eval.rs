@@ -93,6 +93,6 @@ fn a_run_on_token_ids_has_no_tokenizer_for_a_text() {
     let run = crate::case::Case { steps: 1, ..crate::case::Case::new(2) }.run_file();
     let ended = Ranks::new(&run, 1).arg("--eval").arg("any.txt").run();
     assert_eq!(ended.codes, [Some(2)]);
-    let expected = "error: `--eval` takes a text, but the run reads token ids\nhint: train on `data.text`";
+    let expected = "error: `--eval` names a text, but the run reads token ids\nhint: train on `data.text`";
     assert!(ended.stderr[0].contains(expected), "{}", ended.report());
 }

@@ -7,6 +7,7 @@ mod case;
 mod eval;
 mod parity;
 mod ranks;
+mod resume;
 mod same_bits;
 mod usage;
 mod world_sizes;

@@ -66,6 +66,13 @@ impl Ranks {
         self
     }
 
+    /// Puts a file into the output folder before the ranks start.
+    pub fn write(&self, name: &str, text: &str) {
+        let out = self.dir.path().join("out");
+        fs::create_dir_all(&out).unwrap();
+        fs::write(out.join(name), text).unwrap();
+    }
+
     pub fn run(self) -> Ended {
         // Unlike a port, this cannot collide with another test's.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -136,6 +143,15 @@ impl Ended {
             losses: metrics.iter().map(|step| step.loss).collect(),
             grad_norms: metrics.iter().map(|step| step.grad_norm).collect(),
         }
+    }
+
+    /// Starts the same run once more in the same folder, with these arguments.
+    pub fn again(self, args: &[&str]) -> Ended {
+        let run_file = self.dir.path().join("run.json");
+        let world_size = self.codes.len();
+        let args = args.iter().map(|&arg| arg.to_owned()).collect();
+        let run_files = vec![run_file; world_size];
+        Ranks { dir: self.dir, run_files, world_size, env: HashMap::new(), args }.run()
     }
 
     /// Something in the output folder.

@@ -54,6 +54,7 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
         },
         frozen: vec![],
         activations: Default::default(),
+        head_chunk_rows: None,
         seed: 0,
     };
     let shape = BatchShape {
