@@ -30,8 +30,9 @@ test: build ## run all tests
 test-fast: ## run the tests of the crates that need no libtorch
 	$(CARGO) test --no-fail-fast
 
-fuzz: ## try hostile checkpoints and cuts of tensors for some minutes (CASES=200000: for each test)
+fuzz: ## try hostile checkpoints, GGUF files and cuts of tensors for some minutes (CASES=200000: for each test)
 	PROPTEST_CASES=$(or $(CASES),200000) $(CARGO) test --release -p shardwise-checkpoint --lib
+	PROPTEST_CASES=$(or $(CASES),200000) $(CARGO) test --release -p shardwise-checkpoint --test gguf hostile
 
 bench: build ## run the benchmarks
 	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine -p shardwise-checkpoint

@@ -14,15 +14,20 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use shardwise_checkpoint::FileDType;
 use shardwise_checkpoint::state::{
-    Attachment, Background, Committed, Contents, Fragment, Keep, Mesh, Region, Save,
+    Attachment, Background, Committed, Contents, Fragment, Keep, Mesh, Progress, Region, Save,
 };
 use shardwise_config::{CheckpointConfig, CheckpointWriting, OnSaveFailure};
 use shardwise_device::DType;
 use shardwise_engine::Engine;
+use shardwise_monitor::Event;
 use shardwise_zero::{StateSlice, Zero};
 
 use crate::failure::Failure;
+use crate::launch::events;
 use crate::telemetry::Telemetry;
+
+/// Saves of fewer bytes a rank take no time worth a word on the way.
+const LONG_SAVE_BYTES: u64 = 1 << 28;
 
 /// What a rank tells the others about its part of a save, as a number for the exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +166,17 @@ impl<'a> Saver<'a> {
             Ok(())
         })?;
         let mut writer = save.shard_writer(&fragments)?;
+        if self.rank == 0 {
+            let mut told = 0;
+            writer = writer.on_progress(move |Progress { done_bytes, total_bytes }| {
+                let percent = done_bytes * 100 / total_bytes.max(1);
+                // Small ones are over before anyone could read it.
+                if total_bytes > LONG_SAVE_BYTES && percent >= told + 10 {
+                    told = percent;
+                    events().send(&Event::Phase { phase: format!("saving step {step}, {percent}%") });
+                }
+            });
+        }
         let order: Vec<usize> = writer.order().collect();
         // The file orders its tensors by type: one look at the state for each type, which is one in most runs.
         let mut next = 0;

@@ -63,6 +63,11 @@ fn all_stages_give_the_same_bits_in_bf16() {
     check(DType::Bf16);
 }
 
+#[test]
+fn all_stages_give_the_same_bits_in_fp16() {
+    check(DType::F16);
+}
+
 /// Frozen parameters change which layers go backward, and what is prefetched for nothing.
 #[test]
 fn stages_agree_with_frozen_parameters() {

@@ -8,7 +8,7 @@ use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{ActivationRules, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome, ZeroOptions,
+    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome, ZeroOptions,
 };
 
 use crate::layers::{Gradients, VOCAB, dropping_model, model};
@@ -157,7 +157,7 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         states: StatePrecision::F32,
         overlap: Overlap::Inline,
         threads: Threads::ONE,
-        loss_scaling: None,
+        loss_scaling: (compute == DType::F16).then_some(LossScaling::Static(1024.0)),
         on_non_finite: Default::default(),
         reduction: Default::default(),
     };

@@ -24,6 +24,9 @@ const F32: Tolerance = Tolerance { losses: 1e-6, first_norm: 2e-6, norms: 1e-5 }
 /// numbers, and all of them where it is not by a power of two.
 const BF16: Tolerance = Tolerance { losses: 1e-2, first_norm: 1e-2, norms: 2e-1 };
 
+/// Likewise, to 11 bits (5e-4).
+const F16: Tolerance = Tolerance { losses: 2e-3, first_norm: 2e-3, norms: 5e-2 };
+
 fn check(found: &Trace, expected: &Trace, tolerance: &Tolerance, what: &str) {
     let worst = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
     let losses = worst(&found.losses, &expected.losses);
@@ -36,7 +39,7 @@ fn check(found: &Trace, expected: &Trace, tolerance: &Tolerance, what: &str) {
 
 #[test]
 fn ranks_and_micro_batches_share_the_work_and_not_the_numbers() {
-    for (compute, tolerance) in [(DType::F32, F32), (DType::Bf16, BF16)] {
+    for (compute, tolerance) in [(DType::F32, F32), (DType::Bf16, BF16), (DType::F16, F16)] {
         let run = |world, accum, stage| {
             let run = Run { accum, gradients: Gradients::Always, ..Run::new(world, stage, compute) };
             run.trace(0..NUM_STEPS)
@@ -54,7 +57,7 @@ fn ranks_and_micro_batches_share_the_work_and_not_the_numbers() {
 /// What is dropped from a row does not depend on who has it: were it otherwise, losses would differ in the first place.
 #[test]
 fn dropout_does_not_depend_on_the_split() {
-    for (compute, tolerance) in [(DType::F32, F32), (DType::Bf16, BF16)] {
+    for (compute, tolerance) in [(DType::F32, F32), (DType::Bf16, BF16), (DType::F16, F16)] {
         let run = |world, accum, stage, dropout| {
             let run = Run { accum, dropout, gradients: Gradients::Always, ..Run::new(world, stage, compute) };
             run.trace(0..NUM_STEPS)
