@@ -8,7 +8,8 @@ use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{ActivationRules, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome, ZeroOptions,
+    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome,
+    ZeroOptions,
 };
 
 use crate::layers::{Gradients, VOCAB, dropping_model, model};
