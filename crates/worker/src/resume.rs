@@ -39,8 +39,14 @@ pub fn find(resume: &OsStr, out: &Path) -> Result<Option<Resumed>, Failure> {
 }
 
 impl Resumed {
-    /// Says where the run goes on.
-    pub fn tell(&self, telemetry: &Telemetry) {
+    /// Says where the run goes on, and what keeps it from being the run that stopped.
+    pub fn tell(&self, run: &RunConfig, telemetry: &Telemetry) {
+        let state = self.checkpoint.run_state();
+        for (key, own) in [("seed", run.seed), ("data_seed", run.data.seed)] {
+            if let Some(saved) = state[key].as_u64().filter(|saved| *saved != own) {
+                telemetry.note(&format!("the checkpoint was saved with {key} {saved}, this run has {own}"));
+            }
+        }
         self.left_out.iter().for_each(|problem| telemetry.note(&format!("left out: {problem}")));
         telemetry.note(&format!("resuming from `{}`", self.checkpoint.dir().display()));
     }

@@ -73,7 +73,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
         // `auto` that finds nothing begins again: what a run without a checkpoint left is void.
         let last_step = (args.resume != "never").then(|| resumed.as_ref().map_or(0, Resumed::step));
         telemetry.record_to(&dir, config.steps, last_step, every)?;
-        resumed.iter().for_each(|resumed| resumed.tell(&telemetry));
+        resumed.iter().for_each(|resumed| resumed.tell(config, &telemetry));
     }
     let Tokens { file, tokenizer } = data::open(&loaded, &args.out.join("cache"), &telemetry)?;
     let vocab = tokenizer.as_ref().map(|text| text.tokenizer.vocab_size());
