@@ -91,8 +91,7 @@ impl Block {
     }
 }
 
-/// A linear map whose matrix is kept as `[in, out]`.
 fn conv1d(params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
-    let weight = params.get(&format!("{name}.weight"))?;
-    Ok(x.f_matmul(weight)?.f_add(params.get(&format!("{name}.bias"))?)?)
+    let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
+    ops::conv1d(x, weight, Some(bias))
 }

@@ -6,7 +6,7 @@ use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
 use super::Dropout;
-use super::raw::{elements, elements_mut, fused_kind, threads};
+use super::raw::{elements, elements_mut, fused_kind, multiplies_in_f32, threads};
 use crate::{Context, EngineError};
 
 /// Attention of every position to itself and those before it, scaled by the square root of the head's width.
@@ -20,6 +20,11 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, En
     let shape = shape(q, k)?;
     if fused_kind(&[q, k, v]) == Some(Kind::BFloat16) && kernel::is_fast() && kernel::supports(&shape) {
         return fused(q, k, v, shape);
+    }
+    if multiplies_in_f32(&[q, k, v]) {
+        let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
+        let out = causal_attention_plain(&exact(q)?, &exact(k)?, &exact(v)?)?;
+        return Ok(out.f_to_kind(q.kind())?);
     }
     causal_attention_plain(q, k, v)
 }
@@ -53,6 +58,11 @@ pub fn dropped_causal_attention(
 ) -> Result<Tensor, EngineError> {
     if !dropout.is_on(context) {
         return causal_attention(q, k, v);
+    }
+    if multiplies_in_f32(&[q, k, v]) {
+        let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
+        let out = dropped_causal_attention(context, dropout, &exact(q)?, &exact(k)?, &exact(v)?)?;
+        return Ok(out.f_to_kind(q.kind())?);
     }
     let (b, t, heads, head_dim) = q.size4()?;
     // Each key-value head is seen by its group of query heads.

@@ -18,7 +18,7 @@ use shardwise_torch::function::{Saved, link};
 use shardwise_torch::tch::Reduction;
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
-use super::raw::{Fused, elements, elements_mut, fused_kind, ids, threads};
+use super::raw::{Fused, elements, elements_mut, fused_kind, ids, multiplies_in_f32, threads};
 use crate::EngineError;
 use shardwise_kernels::Float;
 
@@ -57,6 +57,10 @@ impl LinearCrossEntropy {
     /// As there.
     pub fn forward(self, x: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor, EngineError> {
         let target = target.f_contiguous()?;
+        if multiplies_in_f32(&[x, weight]) {
+            let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
+            return self.fused::<f32>(&exact(x)?, &exact(weight)?, &target);
+        }
         match fused_kind(&[x, weight]) {
             Some(Kind::BFloat16) => self.fused::<bf16>(x, weight, &target),
             Some(Kind::Half) => self.fused::<f16>(x, weight, &target),
@@ -65,7 +69,7 @@ impl LinearCrossEntropy {
         }
     }
 
-    fn fused<T: Fused + Float>(
+    pub(super) fn fused<T: Fused + Float>(
         self,
         x: &Tensor,
         weight: &Tensor,

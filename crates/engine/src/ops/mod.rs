@@ -14,7 +14,7 @@ mod swiglu;
 
 pub use attention::{causal_attention, causal_attention_plain, dropped_causal_attention};
 pub use dropout::Dropout;
-pub use linear::linear;
+pub use linear::{conv1d, linear};
 pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_plain};
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};
 pub use rotary::{Rotary, RotaryTable};

@@ -17,6 +17,21 @@ pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
     (matches!(kind, Kind::BFloat16 | Kind::Half | Kind::Float) && tensors.iter().all(fits)).then_some(kind)
 }
 
+/// Whether the tensors are f16 on a processor that cannot multiply f16 numbers.
+pub(super) fn multiplies_in_f32(tensors: &[&Tensor]) -> bool {
+    let is_slow = |t: &&Tensor| t.kind() == Kind::Half && t.device() == Device::Cpu;
+    tensors.iter().all(is_slow) && !multiplies_f16()
+}
+
+fn multiplies_f16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512fp16");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("fp16");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return false;
+}
+
 /// An element type of fused kernels.
 pub(super) trait Fused: Element {
     const KIND: Kind;

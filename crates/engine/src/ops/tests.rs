@@ -1,5 +1,6 @@
 //! Each fused operation against its plain form, forward and every gradient, in f32 and in bf16.
 
+use half::f16;
 use shardwise_torch::{Device, Kind, Tensor, autograd, no_grad};
 
 use super::*;
@@ -96,6 +97,30 @@ fn fused_and_plain_forms_agree() {
                 );
             }
 
+            let (weight, bias) = (leaf(&[31, heads * width], kind), leaf(&[31], kind));
+            compare(
+                "linear",
+                kind,
+                &[&x, &weight, &bias],
+                &|| linear(&x, &weight, Some(&bias)).unwrap(),
+                &|| x.linear(&weight, Some(&bias)),
+            );
+            compare(
+                "linear without bias",
+                kind,
+                &[&x, &weight],
+                &|| linear(&x, &weight, None).unwrap(),
+                &|| x.linear(&weight, None::<Tensor>),
+            );
+            let turned = leaf(&[heads * width, 31], kind);
+            compare(
+                "conv1d",
+                kind,
+                &[&x, &turned, &bias],
+                &|| conv1d(&x, &turned, Some(&bias)).unwrap(),
+                &|| x.matmul(&turned) + &bias,
+            );
+
             let head = leaf(&[101, heads * width], kind);
             let target = Tensor::randint(101, [batch, seq], (Kind::Int64, Device::Cpu));
             compare(
@@ -179,7 +204,12 @@ fn the_loss_scale_reaches_gradients_before_they_are_rounded() {
         let exact = |x: &Tensor| x.detach().to_kind(kind).set_requires_grad(true);
         let (x, head) = (exact(x), exact(head));
         let options = LinearCrossEntropy { chunk_rows: Some(200), loss_scale };
-        let dhead = grads(&options.forward(&x, &head, &target).unwrap(), dloss, &[&head]).remove(0);
+        // In f16 also where the processor would rather compute in f32.
+        let loss = match kind {
+            Kind::Half => options.fused::<f16>(&x, &head, &target).unwrap(),
+            _ => options.forward(&x, &head, &target).unwrap(),
+        };
+        let dhead = grads(&loss, dloss, &[&head]).remove(0);
         // Classes that are no target: small gradients.
         dhead.to_kind(Kind::Double).narrow(0, 1, 4000)
     };
@@ -211,6 +241,18 @@ fn frozen_tensors_have_no_gradient_of_the_head() {
         assert!(grads(&only_head, 3.0, &[&head])[0].equal(&whole[1]));
         let neither = options.forward(&x.detach(), &head.detach(), &target).unwrap();
         assert!(!neither.requires_grad());
+    }
+}
+
+/// Gradients that nobody asks for are not made.
+#[test]
+fn a_frozen_linear_map_passes_gradients_on() {
+    for kind in [Kind::Float, Kind::Half] {
+        let (x, weight) = (leaf(&[3, 8], kind), leaf(&[5, 8], kind));
+        let frozen = linear(&x, &weight.detach(), None).unwrap();
+        let whole = linear(&x, &weight, None).unwrap();
+        assert!(grads(&frozen, 2.0, &[&x])[0].equal(&grads(&whole, 2.0, &[&x])[0]));
+        assert!(!linear(&x.detach(), &weight.detach(), None).unwrap().requires_grad());
     }
 }
 
