@@ -97,6 +97,10 @@ impl CommQueue {
 
 impl Drop for CommQueue {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The other ranks would not come to what is still queued.
+            self.group.poison("its thread panicked");
+        }
         drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
             // Jobs catch panics, so there is nothing to hear.

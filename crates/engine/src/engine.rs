@@ -1,18 +1,26 @@
-//! [`Engine`]: a model, its state, and inference.
+//! [`Engine`]: a model and its state on one rank.
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::iter::successors;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
 
 use shardwise_comm::{Group, ProcessGroup};
-use shardwise_plan::layout::units_of;
 use shardwise_plan::pattern::matches_pattern;
+use shardwise_plan::pipeline::Action;
+use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{ActivationPolicy, ActivationRules, LayerSpec, ParamSpec};
-use shardwise_torch::{FlatTensor, Tensor, memory, no_grad};
-use shardwise_zero::{Zero, ZeroError, ZeroOptions};
+use shardwise_torch::{FlatTensor, Tensor, memory};
+use shardwise_zero::{Groups, Zero, ZeroOptions};
 
 use crate::binding::{Binding, bind};
+use crate::gradients::PartialGradient;
 use crate::source::ParamSource;
-use crate::{Context, EngineError, Layer};
+use crate::stage::{PipelineOptions, Stage};
+use crate::transport::Transport;
+use crate::{EngineError, Layer, Ranks, TensorParallel};
 
 /// What a caller chooses.
 #[derive(Debug, Clone)]
@@ -27,32 +35,55 @@ pub struct EngineOptions {
     pub head_chunk_rows: Option<usize>,
     /// The seed of the random numbers that training draws, which are those of dropout.
     pub seed: u64,
+    /// How pipeline stages share the layers and run them.
+    pub pipeline: PipelineOptions,
+    /// What tensor-parallel ranks keep between linear maps.
+    pub sequence: SequenceParallel,
 }
 
 impl EngineOptions {
     /// All parameters are trained, all activations kept.
     pub fn new(zero: ZeroOptions) -> Self {
-        let activations = ActivationRules::default();
-        EngineOptions { zero, frozen: Vec::new(), activations, head_chunk_rows: None, seed: 0 }
+        EngineOptions {
+            zero,
+            frozen: Vec::new(),
+            activations: ActivationRules::default(),
+            head_chunk_rows: None,
+            seed: 0,
+            pipeline: PipelineOptions::default(),
+            sequence: SequenceParallel::Off,
+        }
     }
 }
 
 /// One rank of a training run: a model and this rank's part of its state.
+///
+/// A rank holds the layers of its pipeline stage, and of each its tensor rank's part; of that, ZeRO keeps a shard for each
+/// data-parallel rank.
 pub struct Engine {
     // Tensors over the state's memory come first, for they must go first.
     pub(crate) bindings: Vec<Binding>,
     pub(crate) flats: Vec<FlatTensor>,
+    /// This rank's layers, in the order they run; what follows counts them like that.
     pub(crate) layers: Vec<Box<dyn Layer>>,
-    pub(crate) specs: Vec<LayerSpec>,
+    pub(crate) stage: Stage,
+    /// This stage's actions in each step.
+    pub(crate) actions: Rc<[Action]>,
     /// How many layers use each unit: its gradient is complete when all have gone backward.
     pub(crate) num_users: Vec<usize>,
-    pub(crate) zero: Zero,
-    pub(crate) grad_accum_steps: usize,
+    /// By unit: parameters of whose gradient this rank has only a part.
+    pub(crate) partial: Vec<Vec<PartialGradient>>,
+    /// Units that other stages hold too, with the group of those stages.
+    pub(crate) tied: Vec<(usize, Group)>,
     /// One for each layer.
     pub(crate) policies: Vec<ActivationPolicy>,
     pub(crate) head_chunk_rows: Option<usize>,
     pub(crate) seed: u64,
     pub(crate) observer: Box<dyn FnMut(Phase) + Send>,
+    pub(crate) tensor: TensorParallel,
+    pub(crate) transport: Transport,
+    pub(crate) zero: Zero,
+    pub(crate) ranks: Ranks,
 }
 
 /// What a training step is at, for observers.
@@ -73,17 +104,29 @@ pub enum Phase {
 }
 
 impl Engine {
-    /// Builds this rank's part of the model: every rank fills just what it keeps.
+    /// Builds this rank's part of the model: every rank fills just what it keeps. A [`Group`] stands for ranks that are
+    /// all data parallel.
     ///
     /// # Collective
-    /// `group`. Every rank calls with the same layers and options.
+    /// All ranks. Every rank calls with the same layers and options.
     /// # Errors
-    /// A model that is no model, patterns that match nothing, a source that fails, memory that is not there. If only this
-    /// rank fails, the others get an error that says so.
+    /// A model that is no model, or cannot be cut over these ranks; patterns that match nothing, a source that fails, memory
+    /// that is not there. If only this rank fails, the others get an error that says so.
     pub fn new(
         layers: Vec<Box<dyn Layer>>,
         options: EngineOptions,
-        group: Group,
+        ranks: impl Into<Ranks>,
+        source: &mut dyn ParamSource,
+    ) -> Result<Self, EngineError> {
+        let ranks = ranks.into();
+        let world = ranks.world().clone();
+        Self::build(layers, options, ranks, source).inspect_err(|error| give_up(&*world, error))
+    }
+
+    fn build(
+        layers: Vec<Box<dyn Layer>>,
+        options: EngineOptions,
+        ranks: Ranks,
         source: &mut dyn ParamSource,
     ) -> Result<Self, EngineError> {
         memory::install();
@@ -101,81 +144,58 @@ impl Engine {
         }
         let policies = options.activations.policies(names);
         let is_frozen = |name: &str| options.frozen.iter().any(|pattern| matches_pattern(pattern, name));
-        let units = units_of(&specs, group.group_size(), is_frozen);
-        let grad_accum_steps = options.zero.grad_accum_steps;
-        let mut fill = |param: &ParamSpec, range, out: &mut [f32]| source.fill(param, range, out);
-        let others = group.clone();
-        let build = || -> Result<_, EngineError> {
-            let mut zero = Zero::new(units, options.zero, group, &mut fill)?;
-            let (flats, bindings) = bind(&mut zero, &specs)?;
-            Ok((zero, flats, bindings))
+        // Zero itself has something to say of a step without micro-batches.
+        let num_microbatches = options.zero.grad_accum_steps.max(1);
+        let stage = Stage::new(specs, options.pipeline, num_microbatches, &ranks, is_frozen)?;
+        let units = stage.units(stage.stage, ranks.data.group_size());
+        let groups =
+            Groups { data: ranks.data.clone(), tensor: ranks.tensor.clone(), world: ranks.world.clone() };
+        let mut zero = {
+            let whole = stage.whole_params();
+            let (degree, rank) = (stage.degree, stage.tensor_rank);
+            let mut fill = |local: &ParamSpec, range: Range<usize>, out: &mut [f32]| {
+                let whole = whole[local.name.as_str()];
+                let first = range.start;
+                for (from, to) in whole.whole_runs(degree, rank, range)? {
+                    source.fill(whole, from, &mut out[to.start - first..to.end - first])?;
+                }
+                Ok(())
+            };
+            Zero::on_mesh(units, options.zero, groups, stage.placement(), &mut fill)?
         };
-        let (zero, flats, bindings) = build().inspect_err(|error| give_up(&*others, error))?;
+        let (flats, bindings) = bind(&mut zero, &stage.local)?;
         let mut num_users = vec![0; flats.len()];
         for unit in bindings.iter().flat_map(|binding| &binding.units) {
             num_users[*unit] += 1;
         }
+        let partial = partial_gradients(&stage, &zero, &ranks, options.sequence)?;
+        let tied = tied_units(&stage, &zero, &ranks)?;
+        let transport = Transport::new(&ranks.pipeline, &stage.schedule)?;
+        let mut all: Vec<_> = layers.into_iter().map(Some).collect();
+        let own = stage.layers.iter().map(|&layer| all[layer].take().expect("a layer is in one part"));
         Ok(Engine {
             bindings,
             flats,
-            layers,
-            specs,
+            layers: own.collect(),
+            actions: stage.schedule.actions(stage.stage).into(),
             num_users,
-            zero,
-            grad_accum_steps,
-            policies,
+            partial,
+            tied,
+            policies: stage.layers.iter().map(|&layer| policies[layer]).collect(),
             head_chunk_rows: options.head_chunk_rows,
             seed: options.seed,
             observer: Box::new(|_| {}),
+            tensor: TensorParallel::new(ranks.tensor.clone(), options.sequence),
+            transport,
+            zero,
+            stage,
+            ranks,
         })
     }
 
     /// Has `observer` called whenever a training step enters another phase: to measure, or to fail on purpose.
     pub fn observe(&mut self, observer: impl FnMut(Phase) + Send + 'static) {
         self.observer = Box::new(observer);
-    }
-
-    /// Runs the model without a target: what the last layer predicts.
-    ///
-    /// # Collective
-    /// Every rank calls, in stage 3.
-    /// # Errors
-    /// A layer or a collective that fails.
-    pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, EngineError> {
-        self.run(input, None)
-    }
-
-    /// Runs the model against a target without learning: the loss.
-    ///
-    /// # Collective
-    /// Every rank calls, in stage 3.
-    /// # Errors
-    /// A layer or a collective that fails.
-    pub fn evaluate(&mut self, input: &Tensor, target: &Tensor) -> Result<f64, EngineError> {
-        Ok(self.run(input, Some(target))?.f_double_value(&[])?)
-    }
-
-    fn run(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
-        let outcome = self.run_layers(input, target);
-        match &outcome {
-            // Below stage 3 the others need not even have called.
-            Err(error) if self.zero.stage().shards_parameters() => give_up(&**self.zero.group(), error),
-            _ => {}
-        }
-        outcome
-    }
-
-    fn run_layers(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
-        let mut x = input.shallow_clone();
-        for index in 0..self.layers.len() {
-            self.gather(index)?;
-            let context = Context::inference(target);
-            let (layer, params) = (&self.layers[index], self.bindings[index].params());
-            x = no_grad(|| layer.forward(&context, &params, &x)).map_err(|e| self.at(index, "forward", e))?;
-            x = self.own_output(index, x)?;
-            self.release(index)?;
-        }
-        Ok(x)
     }
 
     /// Makes a layer's parameters whole and points its tensors at them.
@@ -226,39 +246,32 @@ impl Engine {
     }
 
     pub(crate) fn at(&self, layer: usize, pass: &'static str, source: EngineError) -> EngineError {
-        EngineError::Layer { layer: self.specs[layer].name.clone(), pass, source: Box::new(source) }
+        EngineError::Layer { layer: self.stage.local[layer].name.clone(), pass, source: Box::new(source) }
     }
 
-    /// Calls `visit` on every rank with each parameter, whole and in fp32 (master weights). Needs memory for one unit.
-    ///
-    /// # Collective
-    /// Every rank calls.
-    /// # Errors
-    /// A failed collective or allocation; what `visit` says.
-    pub fn for_each_param<E: From<EngineError>>(
-        &mut self,
-        mut visit: impl FnMut(&ParamSpec, &[f32]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        enum Stop<E> {
-            Zero(ZeroError),
-            Visit(E),
-        }
-        impl<E> From<ZeroError> for Stop<E> {
-            fn from(error: ZeroError) -> Self {
-                Stop::Zero(error)
-            }
-        }
-        self.zero.for_each_param(|param, values| visit(param, values).map_err(Stop::Visit)).map_err(|stop| {
-            match stop {
-                Stop::Zero(error) => EngineError::from(error).into(),
-                Stop::Visit(error) => error,
-            }
-        })
-    }
-
-    /// The layers' names and parameters.
+    /// The names and parameters of all layers, whole, on this rank or not.
     pub fn specs(&self) -> &[LayerSpec] {
-        &self.specs
+        &self.stage.specs
+    }
+
+    /// The ranks and this one's place among them.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// Bytes that this rank has sent so far.
+    pub fn sent_bytes(&self) -> u64 {
+        let tied = self.tied.iter().map(|(_, stages)| stages.ledger().total().sent_bytes).sum::<u64>();
+        self.ranks.sent_bytes() + self.transport.sent_bytes() + tied
+    }
+
+    /// Time so far in which this rank communicated or waited for it, and computed nothing.
+    pub fn exposed_comm(&self) -> Duration {
+        let in_layers = match self.tensor.degree() {
+            1 => Duration::ZERO,
+            _ => self.ranks.tensor.ledger().total().time,
+        };
+        self.zero.exposed_comm() + self.transport.waited() + in_layers
     }
 
     /// The sharded state.
@@ -270,6 +283,74 @@ impl Engine {
     pub fn zero_mut(&mut self) -> &mut Zero {
         &mut self.zero
     }
+}
+
+/// The parameters of each unit of whose gradient a rank has only a part: those that ranks hold whole, where each sees its share of the
+/// tokens, and the heads that ranks share.
+///
+/// # Collective
+/// The tensor group.
+fn partial_gradients(
+    stage: &Stage,
+    zero: &Zero,
+    ranks: &Ranks,
+    sequence: SequenceParallel,
+) -> Result<Vec<Vec<PartialGradient>>, EngineError> {
+    let whole = stage.whole_params();
+    let sharers = |param: &ParamSpec| param.split.map_or(1, |split| split.num_sharers(stage.degree));
+    // All tensor ranks make all groups; a stage without such heads makes them too.
+    let mut groups: HashMap<usize, Group> = HashMap::new();
+    let mut numbers: Vec<usize> = whole.values().map(|param| sharers(param)).filter(|&n| n > 1).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    for number in numbers {
+        if number == stage.degree {
+            groups.insert(number, ranks.tensor.clone());
+            continue;
+        }
+        for sharing in ranks.tensor.ranks().to_vec().chunks(number) {
+            if let Some(group) = ranks.tensor.subgroup("shared heads", sharing)? {
+                groups.insert(number, group);
+            }
+        }
+    }
+    let of_unit = |unit: usize| {
+        let layout = zero.layout(unit);
+        let slots = layout.slots.iter().enumerate();
+        let partial = slots.filter_map(|(slot, s)| {
+            let param = whole[s.param.name.as_str()];
+            let group = match sharers(param) {
+                1 if param.split.is_none() && sequence == SequenceParallel::On && stage.degree > 1 => {
+                    &ranks.tensor
+                }
+                1 => return None,
+                number => &groups[&number],
+            };
+            Some(PartialGradient { slot, group: group.clone() })
+        });
+        if layout.trainable { partial.collect() } else { Vec::new() }
+    };
+    Ok((0..zero.layouts().len()).map(of_unit).collect())
+}
+
+/// The trained units that other stages hold too.
+///
+/// # Collective
+/// The pipeline group.
+fn tied_units(stage: &Stage, zero: &Zero, ranks: &Ranks) -> Result<Vec<(usize, Group)>, EngineError> {
+    let mut tied = Vec::new();
+    for param in stage.shared() {
+        let stages: Vec<usize> = param.stages.iter().map(|&stage| ranks.pipeline.ranks()[stage]).collect();
+        let group = ranks.pipeline.subgroup("stages of a tied parameter", &stages)?;
+        let is_it = |unit: &usize| {
+            let layout = zero.layout(*unit);
+            layout.trainable && layout.slots.iter().any(|slot| slot.param.name == param.name)
+        };
+        if let (Some(group), Some(unit)) = (group, (0..zero.layouts().len()).find(is_it)) {
+            tied.push((unit, group));
+        }
+    }
+    Ok(tied)
 }
 
 /// Tells the other ranks that this one does not go on, and why: they would wait for it.

@@ -1,6 +1,9 @@
 //! What can go wrong while training.
 
+use shardwise_comm::CommError;
 use shardwise_kernels::cross_entropy::TargetOutOfRange;
+use shardwise_plan::SplitError;
+use shardwise_plan::pipeline::{PartitionError, ScheduleError};
 use shardwise_torch::TorchError;
 use shardwise_torch::tch::TchError;
 use shardwise_zero::ZeroError;
@@ -12,6 +15,9 @@ pub enum EngineError {
     /// Sharded state or a collective.
     #[error(transparent)]
     Zero(#[from] ZeroError),
+    /// A collective of the engine's own: between pipeline stages, or tensor-parallel ranks.
+    #[error(transparent)]
+    Comm(#[from] CommError),
     /// An operation of libtorch.
     #[error(transparent)]
     Torch(#[from] TorchError),
@@ -36,6 +42,31 @@ pub enum EngineError {
         key: String,
         /// What there is.
         declared: Vec<String>,
+    },
+    /// A parameter that cannot be cut over the tensor-parallel ranks.
+    #[error(transparent)]
+    Split(#[from] SplitError),
+    /// Layers that cannot be cut into so many stages.
+    #[error(transparent)]
+    Stages(#[from] PartitionError),
+    /// Micro-batches that no schedule exists for.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Tokens that ranks cannot share evenly.
+    #[error("`{num_tokens}` tokens of a sample cannot be shared by `{degree}` tensor-parallel ranks evenly, expected a multiple of `{degree}`")]
+    TokensNotDivisible {
+        /// Tokens of a sample.
+        num_tokens: usize,
+        /// Ranks.
+        degree: usize,
+    },
+    /// A token that no rank has.
+    #[error("token `{token}` is not in the vocabulary of `{vocab_size}` tokens")]
+    NoSuchToken {
+        /// The token.
+        token: i64,
+        /// How many there are.
+        vocab_size: usize,
     },
     /// Two layers declare one parameter with different shapes.
     #[error("tied parameter `{name}` has shape `{first:?}` in one layer and `{second:?}` in another")]

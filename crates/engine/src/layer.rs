@@ -3,12 +3,16 @@
 use shardwise_plan::LayerSpec;
 use shardwise_torch::Tensor;
 
-use crate::{EngineError, Params};
+use crate::{EngineError, Params, TensorParallel};
 
 /// One layer: it declares parameters and computes with them, but owns none.
 ///
 /// A model is a list of layers, each fed the output of the one before; the first is fed the batch's input, the last
-/// gives the loss.
+/// gives the loss. What one layer gives the next is a float tensor: pipeline stages exchange it.
+///
+/// Where ranks split layers, a layer is called with its part of each parameter that says how it is cut, and uses
+/// [`ops::enter`](crate::ops::enter) and [`ops::leave`](crate::ops::leave) around linear maps. A layer whose parameters are
+/// all whole computes the same on each of those ranks.
 pub trait Layer: Send {
     /// The layer's name and parameters. Called a few times at the start; must not change.
     fn spec(&self) -> LayerSpec;
@@ -41,12 +45,14 @@ pub struct Context<'a> {
     pub loss_scale: f64,
     /// Rows whose scores over the vocabulary a head holds at a time; `None` leaves it to the head.
     pub head_chunk_rows: Option<usize>,
+    /// The ranks that split this layer with this one; absent, or of one rank, where the layer is whole.
+    pub tensor: Option<&'a TensorParallel>,
 }
 
 impl<'a> Context<'a> {
     /// The context of a model that does not learn.
     pub fn inference(target: Option<&'a Tensor>) -> Self {
-        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None }
+        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None, tensor: None }
     }
 }
 

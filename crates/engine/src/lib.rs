@@ -17,15 +17,27 @@
 mod binding;
 mod engine;
 mod error;
+mod export;
+mod gradients;
+mod infer;
 mod layer;
 pub mod ops;
 mod parked;
+mod pass;
+mod ranks;
+mod slices;
 mod source;
+mod stage;
 mod step;
+mod tensor_parallel;
+mod transport;
 
 pub use binding::Params;
 pub use engine::{Engine, EngineOptions, Phase};
 pub use error::EngineError;
 pub use layer::{Batch, Context, Layer, Randomness};
+pub use ranks::Ranks;
 pub use source::{BoxError, ParamSource, RandomInit};
+pub use stage::PipelineOptions;
 pub use step::TrainReport;
+pub use tensor_parallel::TensorParallel;

@@ -1,15 +1,18 @@
-//! One training step: the schedule's actions, one after the other.
+//! One training step: this stage's actions of the schedule, one after the other.
 
-use shardwise_device::{DType, Place as MemoryPlace, Slice};
-use shardwise_plan::ActivationPolicy;
-use shardwise_plan::schedule::{self, Action};
-use shardwise_torch::{Kind, Tensor, autograd, kind_of, no_grad};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use shardwise_plan::pipeline::{Action, Payload, Piece};
+use shardwise_torch::Tensor;
 use shardwise_zero::StepReport;
 
 use crate::engine::give_up;
-use crate::parked::Parked;
+use crate::gradients::Gradients;
+use crate::pass::{Half, Pass};
 use crate::source::BoxError;
-use crate::{Batch, Context, Engine, EngineError, Phase, Randomness};
+use crate::stage::Part;
+use crate::{Batch, Engine, EngineError, Phase};
 
 /// What a step did.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,30 +23,25 @@ pub struct TrainReport {
     pub step: StepReport,
 }
 
-/// What is held of a layer between its forward and its backward.
-enum Held {
-    /// Nothing: no gradient goes through it.
-    Nothing,
-    /// What its graph hangs on.
-    Graph { input: Tensor, output: Tensor },
-    /// Its input: the forward pass runs once more.
-    Input(Parked),
-}
-
-/// A micro-batch between its forward and its backward.
-struct Pass {
-    batch: Batch,
-    held: Vec<Held>,
-}
-
-/// Gradients of one micro-batch, until every layer that uses a unit has added its own.
-struct Pending {
-    grads: Vec<Option<Tensor>>,
-    num_left: usize,
+/// A step under way on one stage.
+#[derive(Default)]
+struct Progress {
+    /// Batches by micro-batch, and how many parts have yet to go through them backward.
+    batches: HashMap<usize, (Rc<Batch>, usize)>,
+    passes: HashMap<Piece, Pass>,
+    /// Inputs of parts, and gradients of their outputs, that are here.
+    inputs: HashMap<Piece, Tensor>,
+    output_grads: HashMap<Piece, Tensor>,
+    /// Outputs of parts, and gradients of their inputs, that another stage is to have.
+    outputs: HashMap<Piece, Tensor>,
+    input_grads: HashMap<Piece, Tensor>,
+    gradients: Gradients,
+    loss_sum: f64,
 }
 
 impl Engine {
-    /// Trains on one global batch; `batch` gives this rank's micro-batches, by index.
+    /// Trains on one global batch; `batch` gives this rank's micro-batches, by index. Ranks that differ in their pipeline
+    /// stage or tensor rank only are given the same.
     ///
     /// # Collective
     /// Every rank calls with the same rate.
@@ -55,7 +53,7 @@ impl Engine {
         lr: f64,
         batch: impl FnMut(usize) -> Result<Batch, BoxError>,
     ) -> Result<TrainReport, EngineError> {
-        self.run_schedule(lr, batch).inspect_err(|error| give_up(&**self.zero.group(), error))
+        self.run_schedule(lr, batch).inspect_err(|error| give_up(&**self.ranks.world(), error))
     }
 
     fn run_schedule(
@@ -63,209 +61,149 @@ impl Engine {
         lr: f64,
         mut batch: impl FnMut(usize) -> Result<Batch, BoxError>,
     ) -> Result<TrainReport, EngineError> {
-        let num_microbatches = self.grad_accum_steps;
-        let mut pass = None;
-        let mut loss_sum = 0.0;
-        for action in schedule::without_pipeline(num_microbatches) {
+        let actions = self.actions.clone();
+        self.transport.begin(actions.iter().copied().filter(|&action| self.is_wanted(action)));
+        let mut progress = Progress::default();
+        let mut step = None;
+        for &action in actions.iter() {
             match action {
-                Action::Forward { microbatch } => {
-                    let batch =
-                        batch(microbatch).map_err(|source| EngineError::Batch { microbatch, source })?;
-                    let (forward, loss) = self.forward(batch)?;
-                    pass = Some(forward);
-                    loss_sum += loss;
-                }
-                Action::Backward { microbatch } => {
-                    self.backward(microbatch, pass.take().expect("a schedule begins with the forward pass"))?;
-                }
-                Action::Step => {}
-            }
-        }
-        (self.observer)(Phase::Step);
-        let step = self.zero.step(lr, &[loss_sum])?;
-        (self.observer)(Phase::Idle);
-        let num_ranks = self.zero.group().group_size();
-        let loss = step.sums[0] / (num_microbatches * num_ranks) as f64;
-        Ok(TrainReport { loss, step })
-    }
-
-    fn forward(&mut self, batch: Batch) -> Result<(Pass, f64), EngineError> {
-        let mut held = Vec::with_capacity(self.layers.len());
-        let mut output = batch.input.shallow_clone();
-        for index in 0..self.layers.len() {
-            self.gather(index)?;
-            self.prefetch(Some(index + 1))?;
-            // A leaf of its own: this layer's graph ends here. It needs a gradient if a layer before it does.
-            let input = output.f_detach()?.f_set_requires_grad(output.requires_grad())?;
-            (self.observer)(Phase::Forward);
-            let policy = self.policies[index];
-            output = match policy {
-                ActivationPolicy::Keep => self.call(index, &batch, &input, "forward")?,
-                _ => no_grad(|| self.call(index, &batch, &input, "forward"))?,
-            };
-            output = self.own_output(index, output)?;
-            let learns = input.requires_grad() || self.bindings[index].trainable().next().is_some();
-            if policy.recomputes() && output.is_floating_point() {
-                output = output.f_detach()?.f_set_requires_grad(learns)?;
-            }
-            self.release(index)?;
-            held.push(match policy {
-                _ if !output.requires_grad() => Held::Nothing,
-                ActivationPolicy::Keep => Held::Graph { input, output: output.shallow_clone() },
-                ActivationPolicy::Recompute => Held::Input(Parked::here(input)),
-                ActivationPolicy::Offload => Held::Input(Parked::in_host_memory(&input)?),
-            });
-        }
-        if output.numel() != 1 {
-            return Err(EngineError::LossNotScalar { shape: output.size() });
-        }
-        Ok((Pass { batch, held }, output.f_double_value(&[])?))
-    }
-
-    /// Runs one layer on a micro-batch.
-    fn call(
-        &self,
-        index: usize,
-        batch: &Batch,
-        input: &Tensor,
-        pass: &'static str,
-    ) -> Result<Tensor, EngineError> {
-        let num_rows = batch.input.size().first().map_or(1, |&rows| rows as usize);
-        let random = Randomness { seed: self.seed, first_row: batch.first_row, num_rows };
-        let context = Context {
-            target: Some(&batch.target),
-            random: Some(random),
-            loss_scale: self.zero.loss_scale(),
-            head_chunk_rows: self.head_chunk_rows,
-        };
-        let params = self.bindings[index].params();
-        self.layers[index].forward(&context, &params, input).map_err(|e| self.at(index, pass, e))
-    }
-
-    fn backward(&mut self, microbatch: usize, pass: Pass) -> Result<(), EngineError> {
-        let Pass { batch, mut held } = pass;
-        let mut pending: Vec<Option<Pending>> = (0..self.flats.len()).map(|_| None).collect();
-        // Of the output of the layer to come; the loss itself has a number.
-        let mut grad = None;
-        while let Some(layer) = held.pop() {
-            let index = held.len();
-            let is_last = index + 1 == self.layers.len();
-            // Without a trainable parameter here or before there is nothing to do, but units still count this use.
-            let mut param_grads = Vec::new();
-            let dy = grad.take();
-            if !matches!(layer, Held::Nothing) && (is_last || dy.is_some()) {
-                self.gather(index)?;
-                self.prefetch(index.checked_sub(1))?;
-                let (input, output) = match layer {
-                    Held::Graph { input, output } => (input, output),
-                    Held::Input(parked) => {
-                        let input = parked.back()?;
-                        (self.observer)(Phase::Forward);
-                        let output = self.call(index, &batch, &input, "forward once more")?;
-                        (input, output)
+                Action::ReduceTied => {
+                    for (unit, stages) in &self.tied {
+                        self.zero.all_reduce_gradient(*unit, stages)?;
                     }
-                    Held::Nothing => unreachable!("excluded above"),
-                };
-                (self.observer)(Phase::Backward);
-                let dy = match dy {
-                    Some(dy) => dy,
-                    None => output.f_full_like(self.zero.loss_scale())?,
-                };
-                (grad, param_grads) = self.grads(index, &input, &output, &dy)?;
-                self.release(index)?;
-            }
-            self.add_grads(index, microbatch, param_grads, &mut pending)?;
-        }
-        Ok(())
-    }
-
-    /// The gradients of a layer's input, if it needs one, and of its trainable parameters.
-    fn grads(
-        &self,
-        index: usize,
-        input: &Tensor,
-        output: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>), EngineError> {
-        if !output.requires_grad() {
-            // Recomputed, and it has used nothing that learns.
-            return Ok((None, Vec::new()));
-        }
-        let mut inputs: Vec<&Tensor> = self.bindings[index].trainable().map(|(_, tensor)| tensor).collect();
-        let num_params = inputs.len();
-        if input.requires_grad() {
-            inputs.push(input);
-        }
-        let mut grads = autograd::grad(&[output], &[Some(dy)], &inputs)
-            .map_err(|e| self.at(index, "backward", e.into()))?;
-        let dx = grads.drain(num_params..).next().flatten();
-        Ok((dx, grads))
-    }
-
-    /// Adds a layer's gradients to its units', and reduces the units that are complete.
-    fn add_grads(
-        &mut self,
-        layer: usize,
-        microbatch: usize,
-        grads: Vec<Option<Tensor>>,
-        pending: &mut [Option<Pending>],
-    ) -> Result<(), EngineError> {
-        let places: Vec<_> = self.bindings[layer].trainable().map(|(place, _)| place).collect();
-        let units = self.bindings[layer].units.clone();
-        for &unit in &units {
-            pending[unit].get_or_insert_with(|| Pending {
-                grads: self.zero.layout(unit).slots.iter().map(|_| None).collect(),
-                num_left: self.num_users[unit],
-            });
-        }
-        for (place, grad) in places.iter().zip(grads) {
-            let Some(mut grad) = grad else { continue };
-            if grad.is_sparse() {
-                grad = grad.f_to_dense(None::<Kind>, false)?;
-            }
-            let slot = &mut pending[place.unit].as_mut().expect("made above").grads[place.slot];
-            // A tied parameter: the other layer's gradient came first.
-            *slot = Some(match slot.take() {
-                Some(other) => other.f_add(&grad)?,
-                None => grad,
-            });
-        }
-        for unit in units {
-            let state = pending[unit].as_mut().expect("made above");
-            state.num_left -= 1;
-            if state.num_left == 0 {
-                let mut grads = pending[unit].take().expect("made above").grads;
-                for grad in grads.iter_mut().flatten() {
-                    // Libtorch lays out a gradient as it likes.
-                    *grad = grad.f_contiguous()?;
                 }
-                self.reduce(unit, microbatch, &grads)?;
+                // Every unit is reduced with its last micro-batch.
+                Action::ReduceGrads => {}
+                Action::Step => {
+                    self.transport.finish()?;
+                    (self.observer)(Phase::Step);
+                    // Ranks of a tensor group have the same loss.
+                    let loss = if self.stage.tensor_rank == 0 { progress.loss_sum } else { 0.0 };
+                    step = Some(self.zero.step(lr, &[loss])?);
+                    (self.observer)(Phase::Idle);
+                }
+                _ => self.act(action, &mut progress, &mut batch)?,
+            }
+        }
+        let step = step.expect("a schedule ends with the step");
+        let num_losses = self.stage.schedule.num_microbatches() * self.zero.group().group_size();
+        Ok(TrainReport { loss: step.sums[0] / num_losses as f64, step })
+    }
+
+    /// Computes with one micro-batch and one part, or exchanges what another stage has or wants.
+    fn act(
+        &mut self,
+        action: Action,
+        progress: &mut Progress,
+        batch: &mut impl FnMut(usize) -> Result<Batch, BoxError>,
+    ) -> Result<(), EngineError> {
+        if !self.is_wanted(action) {
+            return Ok(());
+        }
+        let Some(piece) = action.piece() else { return Ok(()) };
+        let part = self.stage.parts[piece.chunk].clone();
+        match action {
+            Action::RecvActivation { from, .. } => {
+                let input = self.transport.recv(Payload::Activation, from)?;
+                progress.inputs.insert(piece, input);
+            }
+            Action::SendActivation { to, .. } => {
+                let output = progress.outputs.remove(&piece).expect("made by the forward pass before");
+                self.transport.send(Payload::Activation, to, &output)?;
+            }
+            Action::RecvGrad { from, .. } => {
+                let grad = self.transport.recv(Payload::Grad, from)?;
+                progress.output_grads.insert(piece, grad);
+            }
+            Action::SendGrad { to, .. } => {
+                let grad = progress.input_grads.remove(&piece).expect("made by the backward pass before");
+                self.transport.send(Payload::Grad, to, &grad)?;
+            }
+            Action::Forward(_) => self.act_forward(piece, &part, progress, batch)?,
+            Action::Backward(_) => self.act_backward(piece, &part, Half::Both, progress)?,
+            Action::BackwardInput(_) => self.act_backward(piece, &part, Half::Inputs, progress)?,
+            Action::BackwardWeight(_) => self.act_backward(piece, &part, Half::Weights, progress)?,
+            Action::ReduceTied | Action::ReduceGrads | Action::Step => {}
+        }
+        Ok(())
+    }
+
+    /// Whether a message is sent at all: nobody wants a gradient where nothing learns.
+    fn is_wanted(&self, action: Action) -> bool {
+        match action {
+            Action::SendGrad { piece, .. } => self.stage.parts[piece.chunk].learns_before,
+            Action::RecvGrad { piece, .. } => self.stage.parts[piece.chunk].learns_until,
+            _ => true,
+        }
+    }
+
+    fn act_forward(
+        &mut self,
+        piece: Piece,
+        part: &Part,
+        progress: &mut Progress,
+        batch: &mut impl FnMut(usize) -> Result<Batch, BoxError>,
+    ) -> Result<(), EngineError> {
+        let Piece { microbatch, chunk } = piece;
+        if let std::collections::hash_map::Entry::Vacant(entry) = progress.batches.entry(microbatch) {
+            let batch = batch(microbatch).map_err(|source| EngineError::Batch { microbatch, source })?;
+            entry.insert((Rc::new(batch), self.stage.parts.len()));
+        }
+        let batch = progress.batches[&microbatch].0.clone();
+        let input = match part.index {
+            0 => batch.input.shallow_clone(),
+            _ => {
+                let input = progress.inputs.remove(&piece).expect("received, or made here, before");
+                input.f_set_requires_grad(part.learns_before)?
+            }
+        };
+        let (pass, output) = self.forward(part, batch, input)?;
+        progress.passes.insert(piece, pass);
+        if part.is_last {
+            if output.numel() != 1 {
+                return Err(EngineError::LossNotScalar { shape: output.size() });
+            }
+            progress.loss_sum += output.f_double_value(&[])?;
+            return Ok(());
+        }
+        let output = output.f_detach()?;
+        match self.next_chunk(chunk) {
+            Some(chunk) => progress.inputs.insert(Piece { microbatch, chunk }, output),
+            None => progress.outputs.insert(piece, output),
+        };
+        Ok(())
+    }
+
+    fn act_backward(
+        &mut self,
+        piece: Piece,
+        part: &Part,
+        half: Half,
+        progress: &mut Progress,
+    ) -> Result<(), EngineError> {
+        let Piece { microbatch, chunk } = piece;
+        let mut pass = progress.passes.remove(&piece).expect("a schedule begins with the forward pass");
+        let dy = progress.output_grads.remove(&piece);
+        let grad = self.backward(part, microbatch, &mut pass, half, dy, &mut progress.gradients)?;
+        if let Some(grad) = grad.filter(|_| part.index > 0 && part.learns_before) {
+            match chunk.checked_sub(1).filter(|_| self.next_chunk(chunk - 1).is_some()) {
+                Some(chunk) => progress.output_grads.insert(Piece { microbatch, chunk }, grad),
+                None => progress.input_grads.insert(piece, grad),
+            };
+        }
+        if half == Half::Inputs {
+            progress.passes.insert(piece, pass);
+        } else if let Some((_, num_left)) = progress.batches.get_mut(&microbatch) {
+            *num_left -= 1;
+            if *num_left == 0 {
+                progress.batches.remove(&microbatch);
             }
         }
         Ok(())
     }
 
-    fn reduce(
-        &mut self,
-        unit: usize,
-        microbatch: usize,
-        grads: &[Option<Tensor>],
-    ) -> Result<(), EngineError> {
-        (self.observer)(Phase::Reduce);
-        let dtype = self.zero.compute_dtype();
-        let slices: Vec<_> =
-            grads.iter().map(|grad| grad.as_ref().map(|grad| slice_of(grad, dtype))).collect();
-        Ok(self.zero.reduce(unit, microbatch, &slices)?)
+    /// The chunk that takes the output of `chunk`, if that is on this stage too: there is only one.
+    fn next_chunk(&self, chunk: usize) -> Option<usize> {
+        (self.stage.stages.num_stages() == 1).then_some(chunk + 1)
     }
-}
-
-/// A contiguous tensor's memory.
-fn slice_of(tensor: &Tensor, dtype: DType) -> Slice<'_> {
-    // Autograd gives a gradient its parameter's type. Were it another, we would read other numbers in silence.
-    assert!(tensor.is_contiguous() && tensor.kind() == kind_of(dtype), "a gradient is {:?}", tensor.kind());
-    let ptr = std::ptr::NonNull::new(tensor.data_ptr().cast())
-        .unwrap_or(std::ptr::NonNull::<u64>::dangling().cast());
-    // SAFETY: a contiguous host tensor of this type holds its elements from `data_ptr` on, for as long as it lives;
-    // nobody writes to a gradient.
-    unsafe { Slice::from_raw(ptr, tensor.numel(), dtype, MemoryPlace::Cpu) }
 }

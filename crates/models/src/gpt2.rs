@@ -18,13 +18,14 @@ pub(crate) fn layers(config: &Gpt2Config) -> Vec<Box<dyn Layer>> {
         dropout: Dropout::new(&embedding.name, "embeddings", config.embd_pdrop),
         spec: embedding,
         token_key: "wte.weight",
+        vocab_size: config.vocab_size,
         position_key: Some("wpe.weight"),
     })];
     for spec in specs {
         layers.push(Box::new(Block::new(spec, config)));
     }
     let norm = FinalNorm::Layer { eps: config.layer_norm_epsilon };
-    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "ln_f" }));
+    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "ln_f", vocab_size: config.vocab_size }));
     layers
 }
 
@@ -50,10 +51,11 @@ impl Layer for Block {
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
         let attended = self.attention(context, params, &self.norm(params, "ln_1", x_btd)?)?;
-        let x_btd = x_btd.f_add(&self.attention_dropout.apply(context, &attended)?)?;
-        let hidden = conv1d(params, "mlp.c_fc", &self.norm(params, "ln_2", &x_btd)?)?.f_gelu("tanh")?;
-        let out = conv1d(params, "mlp.c_proj", &hidden)?;
-        Ok(x_btd.f_add(&self.mlp_dropout.apply(context, &out)?)?)
+        let x_btd = x_btd.f_add(&self.attention_dropout.apply_to_residual(context, &attended)?)?;
+        let normed = ops::enter(context, &self.norm(params, "ln_2", &x_btd)?)?;
+        let hidden = conv1d(params, "mlp.c_fc", &normed)?.f_gelu("tanh")?;
+        let out = row_conv1d(context, params, "mlp.c_proj", &hidden)?;
+        Ok(x_btd.f_add(&self.mlp_dropout.apply_to_residual(context, &out)?)?)
     }
 }
 
@@ -75,14 +77,15 @@ impl Block {
         params: &Params<'_>,
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
+        let x_btd = ops::enter(context, x_btd)?;
         let (b, t, d) = x_btd.size3()?;
-        let heads = self.config.n_head as i64;
-        let qkv = conv1d(params, "attn.c_attn", x_btd)?.f_split(d, 2)?;
-        let split =
-            |x: &Tensor| -> Result<Tensor, EngineError> { Ok(x.f_reshape([b, t, heads, d / heads])?) };
+        let head_dim = d / self.config.n_head as i64;
+        // The heads of this rank: all of them, unless ranks split the layer.
+        let qkv = conv1d(params, "attn.c_attn", &x_btd)?.f_chunk(3, 2)?;
+        let split = |x: &Tensor| -> Result<Tensor, EngineError> { Ok(x.f_reshape([b, t, -1, head_dim])?) };
         let (q, k, v) = (split(&qkv[0])?, split(&qkv[1])?, split(&qkv[2])?);
         let out_bthe = ops::dropped_causal_attention(context, &self.probabilities_dropout, &q, &k, &v)?;
-        conv1d(params, "attn.c_proj", &out_bthe.f_reshape([b, t, d])?)
+        row_conv1d(context, params, "attn.c_proj", &out_bthe.f_reshape([b, t, -1])?)
     }
 
     fn norm(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
@@ -91,7 +94,19 @@ impl Block {
     }
 }
 
+/// A linear map, its matrix kept as `[in, out]`.
 fn conv1d(params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
     let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
     ops::conv1d(x, weight, Some(bias))
+}
+
+/// The same, where ranks have split it by its inputs.
+fn row_conv1d(
+    context: &Context<'_>,
+    params: &Params<'_>,
+    name: &str,
+    x: &Tensor,
+) -> Result<Tensor, EngineError> {
+    let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
+    ops::row_conv1d(context, x, weight, Some(bias))
 }

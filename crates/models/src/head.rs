@@ -20,6 +20,7 @@ pub(crate) struct LmHead {
     pub norm: FinalNorm,
     /// Key of the norm's weight: its bias, if any, is beside it.
     pub norm_key: &'static str,
+    pub vocab_size: usize,
 }
 
 impl Layer for LmHead {
@@ -40,6 +41,7 @@ impl Layer for LmHead {
                 ops::layer_norm(input, weight, params.get(&format!("{}.bias", self.norm_key))?, eps)?
             }
         };
+        let x = ops::enter(context, &x)?;
         let weight = params.get("weight")?;
         match context.target {
             Some(target) => {
@@ -47,9 +49,9 @@ impl Layer for LmHead {
                     chunk_rows: context.head_chunk_rows,
                     loss_scale: context.loss_scale,
                 };
-                loss.forward(&x, weight, target)
+                loss.forward_on(context, &x, weight, self.vocab_size, target)
             }
-            None => ops::linear(&x, weight, None),
+            None => ops::gather_classes(context, &ops::linear(&x, weight, None)?, self.vocab_size),
         }
     }
 }

@@ -25,6 +25,7 @@ pub(crate) fn layers(config: &LlamaConfig) -> Result<Vec<Box<dyn Layer>>, ModelE
         dropout: Dropout::new(&embedding.name, "embeddings", 0.0),
         spec: embedding,
         token_key: "weight",
+        vocab_size: config.vocab_size,
         position_key: None,
     })];
     for spec in specs {
@@ -32,7 +33,7 @@ pub(crate) fn layers(config: &LlamaConfig) -> Result<Vec<Box<dyn Layer>>, ModelE
         layers.push(Box::new(Block { spec, config: config.clone(), table: table.clone(), dropout }));
     }
     let norm = FinalNorm::Rms { eps: config.rms_norm_eps };
-    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "norm" }));
+    layers.push(Box::new(LmHead { spec: head, norm, norm_key: "norm", vocab_size: config.vocab_size }));
     Ok(layers)
 }
 
@@ -61,7 +62,7 @@ impl Layer for Block {
         let normed = ops::rms_norm(x_btd, params.get("input_layernorm.weight")?, eps)?;
         let x_btd = x_btd.f_add(&self.attention(context, params, &normed)?)?;
         let normed = ops::rms_norm(&x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
-        Ok(x_btd.f_add(&self.mlp(params, &normed)?)?)
+        Ok(x_btd.f_add(&self.mlp(context, params, &normed)?)?)
     }
 }
 
@@ -72,9 +73,11 @@ impl Block {
         params: &Params<'_>,
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
+        let x_btd = ops::enter(context, x_btd)?;
         let (b, t, _) = x_btd.size3()?;
+        // The heads of this rank: all of them, unless ranks split the layer.
         let heads = |name: &str| -> Result<Tensor, EngineError> {
-            let x = self.linear(params, &format!("self_attn.{name}"), x_btd)?;
+            let x = self.linear(params, &format!("self_attn.{name}"), &x_btd)?;
             Ok(x.f_view([b, t, -1, self.config.head_dim as i64])?)
         };
         let table = self.table.lock().expect("nobody panics while holding the table");
@@ -82,16 +85,34 @@ impl Block {
         drop(table);
         let v_btke = heads("v_proj")?;
         let out_bthe = ops::dropped_causal_attention(context, &self.dropout, &q_bthe, &k_btke, &v_btke)?;
-        self.linear(params, "self_attn.o_proj", &out_bthe.f_view([b, t, -1])?)
+        self.row_linear(context, params, "self_attn.o_proj", &out_bthe.f_view([b, t, -1])?)
     }
 
-    fn mlp(&self, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
-        let gate_btf = self.linear(params, "mlp.gate_proj", x_btd)?;
-        let up_btf = self.linear(params, "mlp.up_proj", x_btd)?;
-        self.linear(params, "mlp.down_proj", &ops::swiglu(&gate_btf, &up_btf)?)
+    fn mlp(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        x_btd: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let x_btd = ops::enter(context, x_btd)?;
+        let gate_btf = self.linear(params, "mlp.gate_proj", &x_btd)?;
+        let up_btf = self.linear(params, "mlp.up_proj", &x_btd)?;
+        self.row_linear(context, params, "mlp.down_proj", &ops::swiglu(&gate_btf, &up_btf)?)
     }
 
     fn linear(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
         ops::linear(x, params.get(&format!("{name}.weight"))?, params.find(&format!("{name}.bias")))
+    }
+
+    /// The same, where ranks have split it by its inputs.
+    fn row_linear(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        name: &str,
+        x: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.find(&format!("{name}.bias")));
+        ops::row_linear(context, x, weight, bias)
     }
 }

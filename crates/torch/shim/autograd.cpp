@@ -92,10 +92,10 @@ extern "C" {
 void sw_free_message(char* message) { free(message); }
 
 char* sw_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t num_outputs, at::Tensor* const* inputs,
-              size_t num_inputs, at::Tensor** results) {
+              size_t num_inputs, uint8_t keep_graph, at::Tensor** results) {
   return guarded([&] {
     auto grads = torch::autograd::grad(gather(outputs, num_outputs), gather(inputs, num_inputs),
-                                       gather(grad_outputs, num_outputs), /*retain_graph=*/false, /*create_graph=*/false,
+                                       gather(grad_outputs, num_outputs), /*retain_graph=*/keep_graph != 0, /*create_graph=*/false,
                                        /*allow_unused=*/true);
     for (size_t i = 0; i < num_inputs; ++i) results[i] = grads[i].defined() ? new at::Tensor(std::move(grads[i])) : nullptr;
   });

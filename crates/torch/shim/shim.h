@@ -14,7 +14,7 @@ void sw_free_message(char* message);
 // Gradients of `outputs`, weighted by `grad_outputs`, with respect to `inputs`. `results[i]` is a new tensor, or null
 // if input `i` was not used. Frees the graph.
 char* sw_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t num_outputs, at::Tensor* const* inputs,
-              size_t num_inputs, at::Tensor** results);
+              size_t num_inputs, uint8_t keep_graph, at::Tensor** results);
 
 // Points the storage of `tensor`, and so of all its views, at other memory. The storage must not own its memory.
 char* sw_set_storage(at::Tensor* tensor, void* data, size_t num_bytes);

@@ -19,6 +19,34 @@ pub fn grad(
     grad_outputs: &[Option<&Tensor>],
     inputs: &[&Tensor],
 ) -> Result<Vec<Option<Tensor>>, TorchError> {
+    run(outputs, grad_outputs, inputs, Graph::Free)
+}
+
+/// [`grad()`], but the graph stays for another call.
+///
+/// # Errors
+/// As [`grad()`].
+pub fn grad_and_keep(
+    outputs: &[&Tensor],
+    grad_outputs: &[Option<&Tensor>],
+    inputs: &[&Tensor],
+) -> Result<Vec<Option<Tensor>>, TorchError> {
+    run(outputs, grad_outputs, inputs, Graph::Keep)
+}
+
+/// What becomes of a graph that has been gone through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Graph {
+    Free,
+    Keep,
+}
+
+fn run(
+    outputs: &[&Tensor],
+    grad_outputs: &[Option<&Tensor>],
+    inputs: &[&Tensor],
+    graph: Graph,
+) -> Result<Vec<Option<Tensor>>, TorchError> {
     assert_eq!(outputs.len(), grad_outputs.len(), "one gradient for each output");
     let outputs: Vec<_> = outputs.iter().map(|t| raw(t)).collect();
     let grad_outputs: Vec<_> = grad_outputs.iter().map(|t| t.map_or(null(), raw)).collect();
@@ -32,6 +60,7 @@ pub fn grad(
             outputs.len(),
             inputs.as_ptr(),
             inputs.len(),
+            u8::from(graph == Graph::Keep),
             results.as_mut_ptr(),
         )
     };
@@ -44,6 +73,18 @@ pub fn grad(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_graph_that_is_kept_gives_its_other_gradients_later() {
+        let x = Tensor::from_slice(&[1f32, 2.0]).set_requires_grad(true);
+        let w = Tensor::from_slice(&[3f32, 4.0]).set_requires_grad(true);
+        let y = (&x * &w).tanh();
+        let dy = Tensor::from_slice(&[10f32, 100.0]);
+        let dx = grad_and_keep(&[&y], &[Some(&dy)], &[&x]).unwrap().remove(0).unwrap();
+        let dw = grad(&[&y], &[Some(&dy)], &[&w]).unwrap().remove(0).unwrap();
+        assert!((dx / &w).allclose(&(dw / &x), 1e-6, 1e-9, false));
+        assert!(grad(&[&y], &[Some(&dy)], &[&w]).is_err(), "freed");
+    }
 
     #[test]
     fn weights_the_outputs_and_reports_unused_inputs() {

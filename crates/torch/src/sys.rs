@@ -45,6 +45,7 @@ unsafe extern "C" {
         num_outputs: usize,
         inputs: *const *const AtTensor,
         num_inputs: usize,
+        keep_graph: u8,
         results: *mut *mut AtTensor,
     ) -> *mut c_char;
     pub(crate) fn sw_set_storage(tensor: *const AtTensor, data: *mut c_void, num_bytes: usize)

@@ -1,0 +1,71 @@
+//! [`TensorParallel`]: the ranks that split each layer, as a layer sees them.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use shardwise_comm::{CommError, Group};
+use shardwise_plan::zoo::SequenceParallel;
+use shardwise_torch::TorchError;
+
+/// The tensor-parallel ranks of a layer: how many there are, which one this is, what they keep between linear maps.
+#[derive(Clone)]
+pub struct TensorParallel {
+    group: Group,
+    sequence: SequenceParallel,
+    /// What went wrong between ranks in a backward pass: libtorch carries only its text.
+    failure: Arc<Mutex<Option<CommError>>>,
+}
+
+impl TensorParallel {
+    /// The ranks of `group`.
+    pub fn new(group: Group, sequence: SequenceParallel) -> Self {
+        TensorParallel { group, sequence, failure: Arc::default() }
+    }
+
+    /// How many ranks there are.
+    pub fn degree(&self) -> usize {
+        self.group.group_size()
+    }
+
+    /// Which of them this is.
+    pub fn rank(&self) -> usize {
+        self.group.group_rank()
+    }
+
+    /// What ranks keep between linear maps.
+    pub fn sequence(&self) -> SequenceParallel {
+        self.sequence
+    }
+
+    /// The same ranks, each with all tokens: samples of any length.
+    pub fn with_all_tokens(&self) -> Self {
+        TensorParallel { sequence: SequenceParallel::Off, ..self.clone() }
+    }
+
+    pub(crate) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Keeps a failure of a backward pass, and gives libtorch its text.
+    pub(crate) fn note(&self, error: CommError) -> TorchError {
+        let message = error.to_string();
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        TorchError::Shim { operation: "tensor parallelism", message }
+    }
+
+    /// The failure of a backward pass, if it was one between ranks.
+    pub(crate) fn take_failure(&self) -> Option<CommError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl fmt::Debug for TensorParallel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rank, degree) = (self.rank(), self.degree());
+        f.debug_struct("TensorParallel")
+            .field("rank", &rank)
+            .field("degree", &degree)
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
+    }
+}
