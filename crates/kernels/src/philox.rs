@@ -247,7 +247,8 @@ fn sin_cos_turn(x: u32) -> (f64, f64) {
 /// Elements computed together, at most.
 pub(crate) const GROUP_NUMEL: usize = 4 * GROUP_BLOCKS;
 const GROUP_BLOCKS: usize = 16;
-/// Where a run ends, or is short, fewer are computed.
+/// Of fewer, where a run ends or is short: two such groups cost less than a whole one.
+const SMALL_NUMEL: usize = 4 * SMALL_BLOCKS;
 const SMALL_BLOCKS: usize = 4;
 
 /// The samples of elements, one group of blocks after the other.
@@ -279,7 +280,7 @@ impl<D: Distribution> Draws<D> {
     pub fn next(&mut self, numel: usize, group: &mut [f32; GROUP_NUMEL]) -> Range<usize> {
         let (first, run) = self.numbers.run(numel);
         let skip = (first % 4) as usize;
-        let group_numel = if skip + run <= 2 * 4 * SMALL_BLOCKS {
+        let group_numel = if skip + run <= 2 * SMALL_NUMEL {
             self.group::<SMALL_BLOCKS>(first / 4, group)
         } else {
             self.group::<GROUP_BLOCKS>(first / 4, group)
@@ -289,8 +290,8 @@ impl<D: Distribution> Draws<D> {
         skip..skip + take
     }
 
-    /// Writes the elements of `BLOCKS` blocks to the start of `group`, and says how many they are. Plain loops, which the compiler
-    /// turns into the lanes of the instruction set.
+    /// Writes the elements of `BLOCKS` blocks to the start of `group`, and says how many they are. Plain loops, which the
+    /// compiler turns into the lanes of the instruction set.
     #[inline(always)]
     fn group<const BLOCKS: usize>(&self, first_block: u64, group: &mut [f32; GROUP_NUMEL]) -> usize {
         let mut words = [[0; BLOCKS]; 4];

@@ -10,10 +10,12 @@
 //! gradients    (exp(x_r - m) / s - onehot(target)) * scale      written over x_r
 //! ```
 //!
-//! So no rank ever holds a whole row, and a row costs an exchange of 12 bytes a rank. Every rank combines the same numbers in
-//! the same order and has the same bits. The gradient is made of `m` and `s` rather than of `m + ln(s)`, whose rounding large
-//! logits would make coarse. The exponentials are those of [`in_place`](super::in_place); what differs is the order in which they are added, and
-//! that sums travel as `f32`. A row of one part and up to 4096 classes has its very bits.
+//! So no rank ever holds a whole row, and a row costs an exchange of 12 bytes from each rank. Every rank combines the same
+//! numbers in the same order and has the same bits. The gradient is made of `m` and `s` rather than of `m + ln(s)`, whose
+//! rounding large logits would make coarse.
+//!
+//! Exponentials are those of [`in_place`](super::in_place). What differs is the order in which they are added, and that sums
+//! travel as `f32`; a row in one part of up to 4096 classes has the same bits as there.
 //!
 //! # Source
 //! Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3: scalars of each row travel instead of its logits. Its authors'
