@@ -5,6 +5,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
+use shardwise_kernels::cross_entropy::split;
+use shardwise_kernels::dropout::Mask;
 use shardwise_kernels::{Threads, cross_entropy, philox, rms_norm, rotary, swiglu};
 
 const ROWS: usize = 1024;
@@ -19,6 +21,8 @@ fn main() {
     rotation();
     gated();
     loss();
+    dropped();
+    born();
 }
 
 fn norm() {
@@ -76,6 +80,50 @@ fn loss() {
         black_box(cross_entropy::in_place(Threads::ONE, &mut grad, &targets, 1e3))
             .expect("targets are classes");
     });
+    // The first of two ranks, of twice the classes.
+    grad.copy_from_slice(&logits);
+    let mut part = vec![split::RowStats::EMPTY; ROWS];
+    measure("cross_entropy partial, 1024 x 8192", || {
+        let own = 0..VOCABULARY;
+        split::partial(Threads::ONE, &logits, &targets, own, 2 * VOCABULARY, &mut part)
+            .expect("targets are classes");
+    });
+    let both = [&part[..], &part[..]].concat();
+    let (_, rows) = split::combine(&both, ROWS);
+    measure("cross_entropy combine, 2 of 1024", || drop(black_box(split::combine(&both, ROWS))));
+    measure("cross_entropy gradients, 1024 x 8192", || {
+        split::gradients(Threads::ONE, &mut grad, &targets, 0..VOCABULARY, &rows, 1e3);
+    });
+}
+
+fn dropped() {
+    let x = numbers(1, ROWS * VOCABULARY);
+    let mut out = x.clone();
+    let whole = Mask::new(1, "h.0.attn", 64, 0.1);
+    measure("dropout, 1024 x 8192", || whole.apply(Threads::ONE, &x, &mut out));
+    // Of rows twice as long, as a rank has them that has half of the heads.
+    let half = whole.of_part(2 * VOCABULARY, VOCABULARY..2 * VOCABULARY);
+    measure("dropout of a half, 1024 x 8192", || half.apply(Threads::ONE, &x, &mut out));
+    let small = whole.of_part(256, 50..150);
+    measure("dropout of 100 of 256, 1024 x 8192", || small.apply(Threads::ONE, &x, &mut out));
+    black_box(&out);
+}
+
+/// A weight that is cut between its columns is filled in runs.
+fn born() {
+    const NUMEL: usize = 1 << 20;
+    let mut out = vec![0.0; NUMEL];
+    for run in [NUMEL, 4096, 1024, 256, 64, 16] {
+        for shift in [0, 7] {
+            measure(&format!("normal, 1M by {run}, from {shift}"), || {
+                for (i, out) in out.chunks_mut(run).enumerate() {
+                    let first = (2 * i * run + shift) as u64;
+                    philox::fill_normal(1, "model.layers.11.mlp.down_proj.weight", first, 0.0, 0.02, out);
+                }
+            });
+        }
+    }
+    black_box(&out);
 }
 
 fn numbers(seed: u64, numel: usize) -> Vec<bf16> {

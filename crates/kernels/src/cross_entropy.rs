@@ -10,6 +10,8 @@
 //! [`in_place`] overwrites the logits, usually the largest tensor of a step, by their gradient. Arithmetic on elements is `f32`, rounded
 //! once at the end; a row's sum adds blocks of 4096 exponentials in `f64`, and rows' losses are added in `f64`,
 //! in row order. Neither the instruction set nor the number of threads changes a bit.
+//!
+//! Where each rank has the logits of some classes only, [`split`] does the same with an exchange in the middle.
 
 use crate::isa::{Isa, Kernel};
 use crate::parallel::Split;
@@ -19,6 +21,8 @@ use crate::simd::exp::exp;
 use crate::simd::lanes::{self, Each, Fold, for_each, load, prefetch, store};
 use crate::simd::{Scalar, Simd};
 use crate::{Float, Threads};
+
+pub mod split;
 
 /// A row's target names no class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -100,10 +104,7 @@ fn rows_with<T: Float>(
     };
     let width = numel.checked_div(targets.len()).unwrap_or(0);
     assert_eq!(numel, width * targets.len(), "logits against rows of classes");
-    let outside = |target: i64| usize::try_from(target).map_or(true, |target| target >= width);
-    if let Some(row) = targets.iter().position(|&target| outside(target)) {
-        return Err(TargetOutOfRange { row, target: targets[row], num_classes: width });
-    }
+    check(targets, width)?;
     if targets.is_empty() {
         return Ok(0.0);
     }
@@ -137,6 +138,15 @@ fn rows_with<T: Float>(
         }
     }
     Ok(losses.iter().fold(0.0, |total, loss| total + loss))
+}
+
+/// Whether all targets are classes.
+fn check(targets: &[i64], num_classes: usize) -> Result<(), TargetOutOfRange> {
+    let outside = |target: i64| usize::try_from(target).map_or(true, |target| target >= num_classes);
+    match targets.iter().position(|&target| outside(target)) {
+        Some(row) => Err(TargetOutOfRange { row, target: targets[row], num_classes }),
+        None => Ok(()),
+    }
 }
 
 /// Losses without gradients.
@@ -219,7 +229,8 @@ struct Row<T> {
 }
 
 /// What a row's probabilities are made of, `exp(x - max) / sum`.
-struct Softmax {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Softmax {
     max: f32,
     sum: f64,
 }
@@ -239,10 +250,28 @@ impl<T: Float> Row<T> {
     /// # Safety
     /// The row is readable.
     #[inline(always)]
-    unsafe fn softmax<S: Simd>(&self, simd: S, mut keep: Keep<'_>) -> Softmax {
+    unsafe fn softmax<S: Simd>(&self, simd: S, keep: Keep<'_>) -> Softmax {
         // SAFETY: the caller's promise.
-        let max =
-            lanes::max(unsafe { lanes::fold(simd, 0..self.width, f32::NEG_INFINITY, &mut Max(self.from)) });
+        unsafe {
+            let max = self.max(simd);
+            Softmax { max, sum: self.sum_exps(simd, max, keep) }
+        }
+    }
+
+    /// # Safety
+    /// The row is readable.
+    #[inline(always)]
+    unsafe fn max<S: Simd>(&self, simd: S) -> f32 {
+        // SAFETY: the caller's promise.
+        lanes::max(unsafe { lanes::fold(simd, 0..self.width, f32::NEG_INFINITY, &mut Max(self.from)) })
+    }
+
+    /// The sum of `exp(x - max)`.
+    ///
+    /// # Safety
+    /// The row is readable.
+    #[inline(always)]
+    unsafe fn sum_exps<S: Simd>(&self, simd: S, max: f32, mut keep: Keep<'_>) -> f64 {
         let mut sum = 0.0;
         for start in (0..self.width).step_by(BLOCK_NUMEL) {
             let numel = BLOCK_NUMEL.min(self.width - start);
@@ -256,7 +285,7 @@ impl<T: Float> Row<T> {
                 sum += f64::from(lanes::sum(lanes::fold(simd, 0..numel, 0.0, &mut Sum(exps))));
             }
         }
-        Softmax { max, sum }
+        sum
     }
 
     /// # Safety

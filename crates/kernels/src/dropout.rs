@@ -2,7 +2,8 @@
 //!
 //! Whether element `i` is dropped is a pure function of (seed, name, `i`), by the generator of [`philox`](crate::philox). So
 //! the backward pass computes the mask again, a forward pass that runs twice drops the same elements twice, and a batch that
-//! is cut over ranks or micro-batches drops what the whole one would: each part begins at the index of its first element.
+//! is cut over ranks or micro-batches drops what the whole one would: each part begins at the index of its first element. Where
+//! rows themselves are cut, [`Mask::of_part`] passes over what other ranks have.
 //!
 //! ```text
 //! word(i) >= rate * 2^32 ?  out = x * scale  :  out = x * 0          scale = 1 / (1 - rate)
@@ -13,9 +14,11 @@
 //! # Source
 //! Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014.
 
+use std::ops::Range;
+
 use crate::isa::{Isa, Kernel};
 use crate::parallel::{Split, for_each_piece};
-use crate::philox::{Distribution, GROUP_NUMEL, Stream, fill_with, group};
+use crate::philox::{Distribution, Draws, GROUP_NUMEL, Numbers, Stream, fill_with};
 use crate::simd::Simd;
 use crate::simd::lanes::{Each, for_each, load, store};
 use crate::{Float, Threads};
@@ -24,7 +27,7 @@ use crate::{Float, Threads};
 #[derive(Debug, Clone, Copy)]
 pub struct Mask {
     stream: Stream,
-    first: u64,
+    numbers: Numbers,
     keep: Keep,
 }
 
@@ -35,13 +38,34 @@ impl Mask {
     /// If `rate` is not in `0.0..1.0`.
     pub fn new(seed: u64, name: &str, first: u64, rate: f64) -> Self {
         assert!((0.0..1.0).contains(&rate), "a rate of `{rate}`");
-        Mask { stream: Stream::new(seed, name), first, keep: Keep::new(rate) }
+        Mask { stream: Stream::new(seed, name), numbers: Numbers::from(first), keep: Keep::new(rate) }
+    }
+
+    /// The mask of a part of each row, where a rank has some heads or some positions only.
+    ///
+    /// Rows of `row_numel` elements begin at this mask's first element. Element `i` of row `r` of the part is element
+    /// `part.start + i` of row `r`:
+    ///
+    /// ```text
+    /// self              aaaaBBBBBBcc aaaaBBBBBBcc aaaaBBBBBBcc      row_numel = 12
+    /// of_part(12, 4..10)    BBBBBB BBBBBB BBBBBB
+    /// ```
+    ///
+    /// # Panics
+    /// If `part` is not a part of a row, if this mask is of a part already, or if `part` begins beyond 64 bits.
+    #[must_use]
+    pub fn of_part(self, row_numel: usize, part: Range<usize>) -> Self {
+        let Some(numbers) = self.numbers.of_parts(row_numel as u64, part.start as u64..part.end as u64)
+        else {
+            panic!("elements `{part:?}` of rows of `{row_numel}` of {:?}", self.numbers);
+        };
+        Mask { numbers, ..self }
     }
 
     /// `out = x * mask`: what dropout does to activations, and to their gradients.
     ///
     /// # Panics
-    /// If the lengths differ, or the last index does not fit `u64`.
+    /// If the lengths differ, the last index does not fit `u64`, or there are elements where the part of a row has none.
     pub fn apply<T: Float>(&self, threads: Threads, x: &[T], out: &mut [T]) {
         self.apply_with(Isa::best(), threads, x, out);
     }
@@ -49,15 +73,20 @@ impl Mask {
     /// The mask itself: 0 where elements are dropped, the scale elsewhere.
     ///
     /// # Panics
-    /// If the last index does not fit `u64`.
+    /// If the last index does not fit `u64`, or there are elements where the part of a row has none.
     pub fn fill(&self, threads: Threads, out: &mut [f32]) {
-        fill_with(Isa::best(), threads, self.stream, self.first, self.keep, out);
+        fill_with(Isa::best(), threads, self.draws(), out);
     }
 
     fn apply_with<T: Float>(&self, isa: Isa, threads: Threads, x: &[T], out: &mut [T]) {
         assert_eq!(x.len(), out.len(), "elements against room for them");
-        assert!(self.first.checked_add(x.len() as u64).is_some(), "element numbers fit 64 bits");
-        for_each_piece(threads, Apply { mask: *self, x, out }, |piece| isa.run(piece));
+        let draws = self.draws();
+        draws.check(x.len());
+        for_each_piece(threads, Apply { draws, x, out }, |piece| isa.run(piece));
+    }
+
+    fn draws(&self) -> Draws<Keep> {
+        Draws::new(self.stream, self.numbers, self.keep)
     }
 }
 
@@ -85,7 +114,7 @@ impl Distribution for Keep {
 }
 
 struct Apply<'a, T> {
-    mask: Mask,
+    draws: Draws<Keep>,
     x: &'a [T],
     out: &'a mut [T],
 }
@@ -96,8 +125,10 @@ impl<T: Float> Split for Apply<'_, T> {
     }
     fn split_at(self, at: usize) -> (Self, Self) {
         let (x, out) = (self.x.split_at(at), self.out.split_at_mut(at));
-        let later = Mask { first: self.mask.first + at as u64, ..self.mask };
-        (Apply { mask: self.mask, x: x.0, out: out.0 }, Apply { mask: later, x: x.1, out: out.1 })
+        (
+            Apply { draws: self.draws, x: x.0, out: out.0 },
+            Apply { draws: self.draws.skip(at), x: x.1, out: out.1 },
+        )
     }
 }
 
@@ -106,18 +137,17 @@ impl<T: Float> Kernel for Apply<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Apply { mask: Mask { stream, first, keep }, mut x, mut out } = self;
-        let mut next = first;
+        let Apply { mut draws, mut x, mut out } = self;
+        let mut weights = [0.0; GROUP_NUMEL];
         while !x.is_empty() {
-            let skip = (next % GROUP_NUMEL as u64) as usize;
-            let weights = group(stream, keep, (next - skip as u64) / 4);
-            let take = (GROUP_NUMEL - skip).min(x.len());
+            let drawn = draws.next(x.len(), &mut weights);
+            let take = drawn.len();
             let (now, later) = x.split_at(take);
             let (out_now, out_later) = out.split_at_mut(take);
-            let mut product = Product { weights: &weights[skip..skip + take], x: now, out: out_now };
+            let mut product = Product { weights: &weights[drawn], x: now, out: out_now };
             // SAFETY: all three slices have `take` elements.
             unsafe { for_each(simd, take, &mut product) };
-            (x, out, next) = (later, out_later, next + take as u64);
+            (x, out) = (later, out_later);
         }
     }
 }
@@ -187,6 +217,78 @@ mod tests {
         fn a_mask_does_not_depend_on_where_it_is_cut(first in 0u64..1 << 50, at in 0usize..300, numel in 0usize..300) {
             let whole = mask(first, at + numel, 0.3);
             prop_assert_eq!(&whole[at..], &mask(first + at as u64, numel, 0.3)[..]);
+        }
+    }
+
+    /// Parts of rows, put together, against the whole rows' mask.
+    fn check_parts<T: Number>() {
+        const NUM_ROWS: usize = 5;
+        for (row_numel, cuts) in
+            [(1, vec![]), (12, vec![4, 4, 6]), (301, vec![1, 67, 130]), (2 * PIECE_NUMEL + 9, vec![77, 999])]
+        {
+            let numel = NUM_ROWS * row_numel;
+            let x = normal::<T>("x", numel, 1.0);
+            let whole = Mask::new(7, "h.0.attn", (3 << 33) + 5, 0.3);
+            let (mut expected, mut weights) = (vec![T::of(f32::NAN); numel], vec![f32::NAN; numel]);
+            whole.apply(Threads::ONE, &x, &mut expected);
+            whole.fill(Threads::ONE, &mut weights);
+
+            let starts = std::iter::once(0).chain(cuts.iter().copied());
+            for part in starts.zip(cuts.iter().copied().chain([row_numel])).map(|(start, end)| start..end) {
+                let x = of_rows(&x, row_numel, &part);
+                let mask = whole.of_part(row_numel, part.clone());
+                for (isa, threads) in ways() {
+                    let mut out = vec![T::of(f32::NAN); x.len()];
+                    mask.apply_with(isa, threads, &x, &mut out);
+                    let expected = of_rows(&expected, row_numel, &part);
+                    assert!(bits(&out) == bits(&expected), "{isa:?}, {threads:?}, {part:?} of {row_numel}");
+                }
+                for threads in [Threads::ONE, Threads::new(3).unwrap()] {
+                    let mut out = vec![f32::NAN; x.len()];
+                    mask.fill(threads, &mut out);
+                    assert!(
+                        out == of_rows(&weights, row_numel, &part),
+                        "{threads:?}, {part:?} of {row_numel}"
+                    );
+                }
+            }
+        }
+    }
+
+    fn of_rows<T: Copy>(x: &[T], row_numel: usize, part: &Range<usize>) -> Vec<T> {
+        x.chunks_exact(row_numel).flat_map(|row| &row[part.clone()]).copied().collect()
+    }
+
+    #[test]
+    fn parts_of_rows_have_the_mask_of_the_whole_rows() {
+        check_parts::<f32>();
+        check_parts::<bf16>();
+        check_parts::<f16>();
+    }
+
+    #[test]
+    #[should_panic(expected = "elements `4..13` of rows of `12`")]
+    fn a_part_goes_no_further_than_its_row() {
+        let _ = Mask::new(1, "x", 0, 0.1).of_part(12, 4..13);
+    }
+
+    #[test]
+    #[should_panic(expected = "element numbers fit 64 bits")]
+    fn numbers_beyond_64_bits_are_refused() {
+        Mask::new(1, "x", u64::MAX - 20, 0.1).of_part(10, 0..4).fill(Threads::ONE, &mut [0.0; 9]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_part_of_any_rows(
+            first in 0u64..1 << 50, num_rows in 0usize..6, row_numel in 1usize..300, cuts in prop::array::uniform2(0usize..300),
+        ) {
+            let whole = mask(first, num_rows * row_numel, 0.3);
+            let [a, b] = cuts.map(|cut| cut % (row_numel + 1));
+            let part = a.min(b)..a.max(b);
+            let mut out = vec![f32::NAN; num_rows * part.len()];
+            Mask::new(7, "h.0.mlp", first, 0.3).of_part(row_numel, part.clone()).fill(Threads::ONE, &mut out);
+            prop_assert_eq!(out, of_rows(&whole, row_numel, &part));
         }
     }
 

@@ -18,11 +18,16 @@
 //! Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 use std::f64::consts::{LN_2, SQRT_2, TAU};
+use std::ops::Range;
 
 use crate::Threads;
 use crate::isa::{Isa, Kernel};
 use crate::parallel::{Split, for_each_piece};
 use crate::simd::Simd;
+
+mod numbers;
+
+pub(crate) use numbers::Numbers;
 
 /// Fills `out` with normally distributed numbers: elements `first..first + out.len()` of parameter `name`.
 ///
@@ -49,7 +54,8 @@ pub fn fill_normal_on(
     out: &mut [f32],
 ) {
     let normal = Normal { mean: f64::from(mean), std: f64::from(std) };
-    fill_with(Isa::best(), threads, Stream::new(seed, name), first, normal, out);
+    let draws = Draws::new(Stream::new(seed, name), Numbers::from(first), normal);
+    fill_with(Isa::best(), threads, draws, out);
 }
 
 /// Fills `out` with numbers uniform in `low..high`: elements `first..first + out.len()` of parameter `name`.
@@ -75,7 +81,8 @@ pub fn fill_uniform_on(
     high: f32,
     out: &mut [f32],
 ) {
-    fill_with(Isa::best(), threads, Stream::new(seed, name), first, Uniform::new(low, high), out);
+    let draws = Draws::new(Stream::new(seed, name), Numbers::from(first), Uniform::new(low, high));
+    fill_with(Isa::best(), threads, draws, out);
 }
 
 /// 64 random bits: number `i` of the stream `name`, for samplers and shuffles.
@@ -237,27 +244,84 @@ fn sin_cos_turn(x: u32) -> (f64, f64) {
     (s, c)
 }
 
-/// Elements computed together.
+/// Elements computed together, at most.
 pub(crate) const GROUP_NUMEL: usize = 4 * GROUP_BLOCKS;
 const GROUP_BLOCKS: usize = 16;
+/// Of fewer, where a run ends or is short: two such groups cost less than a whole one.
+const SMALL_NUMEL: usize = 4 * SMALL_BLOCKS;
+const SMALL_BLOCKS: usize = 4;
 
-pub(crate) fn fill_with<D: Distribution>(
-    isa: Isa,
-    threads: Threads,
+/// The samples of elements, one group of blocks after the other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Draws<D> {
     stream: Stream,
-    first: u64,
+    numbers: Numbers,
     distribution: D,
-    out: &mut [f32],
-) {
-    assert!(first.checked_add(out.len() as u64).is_some(), "element numbers fit 64 bits");
-    let fill = Fill { stream, first, distribution, out };
-    for_each_piece(threads, fill, |piece| isa.run(piece));
+}
+
+impl<D: Distribution> Draws<D> {
+    pub fn new(stream: Stream, numbers: Numbers, distribution: D) -> Self {
+        Draws { stream, numbers, distribution }
+    }
+
+    /// # Panics
+    /// If the numbers of `numel` elements do not fit.
+    pub fn check(&self, numel: usize) {
+        assert!(self.numbers.fit(numel), "element numbers fit 64 bits");
+    }
+
+    /// The draws after `numel` elements, which more follow.
+    pub fn skip(self, numel: usize) -> Self {
+        Draws { numbers: self.numbers.skip(numel), ..self }
+    }
+
+    /// Draws some of the next `numel` elements, at least one, and says where in `group` they are.
+    #[inline(always)]
+    pub fn next(&mut self, numel: usize, group: &mut [f32; GROUP_NUMEL]) -> Range<usize> {
+        let (first, run) = self.numbers.run(numel);
+        let skip = (first % 4) as usize;
+        let group_numel = if skip + run <= 2 * SMALL_NUMEL {
+            self.group::<SMALL_BLOCKS>(first / 4, group)
+        } else {
+            self.group::<GROUP_BLOCKS>(first / 4, group)
+        };
+        let take = (group_numel - skip).min(run);
+        self.numbers.take(take);
+        skip..skip + take
+    }
+
+    /// Writes the elements of `BLOCKS` blocks to the start of `group`, and says how many they are. Plain loops, which the
+    /// compiler turns into the lanes of the instruction set.
+    #[inline(always)]
+    fn group<const BLOCKS: usize>(&self, first_block: u64, group: &mut [f32; GROUP_NUMEL]) -> usize {
+        let mut words = [[0; BLOCKS]; 4];
+        for b in 0..BLOCKS {
+            let block = self.stream.words(first_block + b as u64);
+            for (word, x) in words.iter_mut().zip(block) {
+                word[b] = x;
+            }
+        }
+        let mut elements = [[0.0; BLOCKS]; 4];
+        for b in 0..BLOCKS {
+            let block = self.distribution.sample([words[0][b], words[1][b], words[2][b], words[3][b]]);
+            for (element, x) in elements.iter_mut().zip(block) {
+                element[b] = x;
+            }
+        }
+        for (i, x) in group[..4 * BLOCKS].iter_mut().enumerate() {
+            *x = elements[i % 4][i / 4];
+        }
+        4 * BLOCKS
+    }
+}
+
+pub(crate) fn fill_with<D: Distribution>(isa: Isa, threads: Threads, draws: Draws<D>, out: &mut [f32]) {
+    draws.check(out.len());
+    for_each_piece(threads, Fill { draws, out }, |piece| isa.run(piece));
 }
 
 struct Fill<'a, D> {
-    stream: Stream,
-    first: u64,
-    distribution: D,
+    draws: Draws<D>,
     out: &'a mut [f32],
 }
 
@@ -266,57 +330,25 @@ impl<D: Distribution> Split for Fill<'_, D> {
         self.out.len()
     }
     fn split_at(self, at: usize) -> (Self, Self) {
-        let Fill { stream, first, distribution, out } = self;
-        let (low, high) = out.split_at_mut(at);
-        (
-            Fill { stream, first, distribution, out: low },
-            Fill { stream, first: first + at as u64, distribution, out: high },
-        )
+        let (low, high) = self.out.split_at_mut(at);
+        (Fill { draws: self.draws, out: low }, Fill { draws: self.draws.skip(at), out: high })
     }
 }
 
 impl<D: Distribution> Kernel for Fill<'_, D> {
     type Output = ();
 
-    /// Plain loops over a group of blocks, which the compiler turns into the lanes of the instruction set.
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let Fill { stream, first, distribution, out: mut rest } = self;
-        let mut next = first;
+        let Fill { mut draws, out: mut rest } = self;
+        let mut group = [0.0; GROUP_NUMEL];
         while !rest.is_empty() {
-            let skip = (next % GROUP_NUMEL as u64) as usize;
-            let group = group(stream, distribution, (next - skip as u64) / 4);
-            let take = (GROUP_NUMEL - skip).min(rest.len());
-            let (now, later) = rest.split_at_mut(take);
-            now.copy_from_slice(&group[skip..skip + take]);
+            let drawn = draws.next(rest.len(), &mut group);
+            let (now, later) = rest.split_at_mut(drawn.len());
+            now.copy_from_slice(&group[drawn]);
             rest = later;
-            next += take as u64;
         }
     }
-}
-
-/// The elements of `GROUP_BLOCKS` blocks.
-#[inline(always)]
-pub(crate) fn group<D: Distribution>(
-    stream: Stream,
-    distribution: D,
-    first_block: u64,
-) -> [f32; GROUP_NUMEL] {
-    let mut words = [[0; GROUP_BLOCKS]; 4];
-    for b in 0..GROUP_BLOCKS {
-        let block = stream.words(first_block + b as u64);
-        for (word, x) in words.iter_mut().zip(block) {
-            word[b] = x;
-        }
-    }
-    let mut elements = [[0.0; GROUP_BLOCKS]; 4];
-    for b in 0..GROUP_BLOCKS {
-        let block = distribution.sample([words[0][b], words[1][b], words[2][b], words[3][b]]);
-        for (element, x) in elements.iter_mut().zip(block) {
-            element[b] = x;
-        }
-    }
-    std::array::from_fn(|i| elements[i % 4][i / 4])
 }
 
 #[cfg(test)]

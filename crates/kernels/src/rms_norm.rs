@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A row is read twice each way, the second time from the cache. Arithmetic is `f32`, rounded once at the end.
-//! Sums over a row follow the order of [`lanes`], sums over rows that of blocks of a fixed
+//! Sums over a row follow the order of `simd::lanes`, sums over rows that of blocks of a fixed
 //! number of rows: within a block row by row, then block by block. So neither the instruction set nor the number of
 //! threads changes a bit.
 //!

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Between the bars stands what needs the other ranks: kernels know none, their caller exchanges. Element-wise
-//! rules are written once ([`Rule`]) and run by one loop (`pass.rs`). Scalars of a step are computed in `f64` and
+//! rules are written once (`Rule`) and run by one loop (`pass.rs`). Scalars of a step are computed in `f64` and
 //! rounded once. Every instruction set and every number of threads gives the same bits, but for the matrix products
 //! of Muon, which depend on the instruction set.
 //!

@@ -134,13 +134,13 @@ fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
     let numel = 2 * PIECE_NUMEL + 333;
     let normal = Normal { mean: 0.1, std: 0.02 };
     let uniform = Uniform::new(-0.3, 0.7);
-    let stream = Stream::new(3, "lm_head.weight");
+    let (stream, first) = (Stream::new(3, "lm_head.weight"), Numbers::from(12_345));
     let fill = |isa, count, normal: Option<Normal>| {
         let mut x = vec![0f32; numel];
         let threads = Threads::new(count).unwrap();
         match normal {
-            Some(normal) => fill_with(isa, threads, stream, 12_345, normal, &mut x),
-            None => fill_with(isa, threads, stream, 12_345, uniform, &mut x),
+            Some(normal) => fill_with(isa, threads, Draws::new(stream, first, normal), &mut x),
+            None => fill_with(isa, threads, Draws::new(stream, first, uniform), &mut x),
         }
         x
     };
