@@ -46,7 +46,7 @@ pub fn causal_attention_plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tens
 /// dropped is to be the same for every split of a batch, which libtorch's own dropout is not.
 ///
 /// # Shapes
-/// As [`causal_attention`].
+/// As [`causal_attention`]; where ranks split the layer, the heads are this rank's share.
 /// # Errors
 /// What libtorch says.
 pub fn dropped_causal_attention(
@@ -81,7 +81,7 @@ pub fn dropped_causal_attention(
         let mut scores = q.f_mul_scalar(1.0 / (head_dim as f64).sqrt())?.f_matmul(&k.f_transpose(2, 3)?)?;
         scores.f_masked_fill_(&later, f64::NEG_INFINITY)?.f_softmax(-1, scores.kind())?
     };
-    let out = dropout.apply(context, &probabilities)?.f_matmul(&v)?;
+    let out = dropout.apply_to_share(context, &probabilities)?.f_matmul(&v)?;
     Ok(out.f_transpose(1, 2)?.f_contiguous()?)
 }
 

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use shardwise_kernels::dropout::Mask;
+use shardwise_plan::zoo::SequenceParallel;
 use shardwise_torch::function::link;
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
@@ -42,8 +43,38 @@ impl Dropout {
     /// # Errors
     /// What libtorch says.
     pub fn apply(&self, context: &Context<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        self.apply_share(context, x, (0, 1))
+    }
+
+    /// [`Dropout::apply`] where `x` may be this tensor-parallel rank's equal share of each row, such as its heads: the `n`th of
+    /// `degree` parts, one after the other. Put together, the ranks drop what one rank would.
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn apply_to_share(&self, context: &Context<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        let share = context.tensor.map_or((0, 1), |tensor| (tensor.rank(), tensor.degree()));
+        self.apply_share(context, x, share)
+    }
+
+    /// [`Dropout::apply`] to what is between linear maps: with sequence parallelism a share of each row, else whole rows.
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn apply_to_residual(&self, context: &Context<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        match context.tensor {
+            Some(tensor) if tensor.sequence() == SequenceParallel::On => self.apply_to_share(context, x),
+            _ => self.apply(context, x),
+        }
+    }
+
+    fn apply_share(
+        &self,
+        context: &Context<'_>,
+        x: &Tensor,
+        share: (usize, usize),
+    ) -> Result<Tensor, EngineError> {
         let Some(random) = context.random.filter(|_| self.rate > 0.0) else { return Ok(x.shallow_clone()) };
-        let mask = self.mask(random, x);
+        let mask = self.mask(random, x, share);
         match fused_kind(&[x]) {
             Some(Kind::BFloat16) => fused::<bf16>(mask, x),
             Some(Kind::Half) => fused::<f16>(mask, x),
@@ -58,15 +89,20 @@ impl Dropout {
     /// What libtorch says.
     pub fn apply_plain(&self, context: &Context<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
         match context.random {
-            Some(random) if self.rate > 0.0 => plain(self.mask(random, x), x),
+            Some(random) if self.rate > 0.0 => plain(self.mask(random, x, (0, 1)), x),
             _ => Ok(x.shallow_clone()),
         }
     }
 
-    fn mask(&self, random: Randomness, x: &Tensor) -> Mask {
-        let row_numel = x.numel() / random.num_rows.max(1);
+    fn mask(&self, random: Randomness, x: &Tensor, (nth, num_shares): (usize, usize)) -> Mask {
+        let share_numel = x.numel() / random.num_rows.max(1);
+        let row_numel = share_numel * num_shares;
         let first = random.first_row.wrapping_mul(row_numel as u64);
-        Mask::new(random.seed, &self.name, first, self.rate)
+        let mask = Mask::new(random.seed, &self.name, first, self.rate);
+        match num_shares {
+            1 => mask,
+            _ => mask.of_part(row_numel, nth * share_numel..(nth + 1) * share_numel),
+        }
     }
 }
 

@@ -11,15 +11,20 @@
 //!
 //! Where elements have 16 bits, each chunk's part of `dW` is rounded once and added in fp32, and the sum is rounded once.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
+use shardwise_device::{Slice, SliceMut};
+use shardwise_kernels::cross_entropy::split::{self, RowStats};
 use shardwise_kernels::cross_entropy::{self as kernel, TargetOutOfRange};
 use shardwise_plan::memory::HeadShape;
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::tch::Reduction;
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::parallel::first_token;
 use super::raw::{Fused, elements, elements_mut, fused_kind, ids, multiplies_in_f32, threads};
-use crate::EngineError;
+use crate::{Context, EngineError, TensorParallel};
 use shardwise_kernels::Float;
 
 /// Mean cross-entropy of the scores `x @ weight^T`, computed in f32 (or f64 where `x` is), as many rows at a time as
@@ -56,16 +61,59 @@ impl LinearCrossEntropy {
     /// # Errors
     /// As there.
     pub fn forward(self, x: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor, EngineError> {
+        self.of_part(x, weight, target, None)
+    }
+
+    /// The loss where tensor-parallel ranks have the scores of some classes each, if the context says so: the same on all of
+    /// them. No rank holds all scores of a row.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., width]`, of [`enter`](super::enter); `weight`: `[classes of this rank, width]`; `target`: `[..]`, classes of
+    ///   the whole `vocab_size`
+    /// # Collective
+    /// The tensor-parallel ranks.
+    /// # Errors
+    /// As [`linear_cross_entropy`]; a failed collective.
+    pub fn forward_on(
+        self,
+        context: &Context<'_>,
+        x: &Tensor,
+        weight: &Tensor,
+        vocab_size: usize,
+        target: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let part = context.tensor.filter(|tensor| tensor.degree() > 1).map(|tensor| {
+            let first = first_token(vocab_size, tensor) as usize;
+            ClassPart {
+                tensor: tensor.clone(),
+                classes: first..first + weight.size()[0] as usize,
+                num_classes: vocab_size,
+            }
+        });
+        self.of_part(x, weight, target, part)
+    }
+
+    fn of_part(
+        self,
+        x: &Tensor,
+        weight: &Tensor,
+        target: &Tensor,
+        part: Option<ClassPart>,
+    ) -> Result<Tensor, EngineError> {
         let target = target.f_contiguous()?;
         if multiplies_in_f32(&[x, weight]) {
             let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
-            return self.fused::<f32>(&exact(x)?, &exact(weight)?, &target);
+            return self.fused::<f32>(&exact(x)?, &exact(weight)?, &target, part);
         }
-        match fused_kind(&[x, weight]) {
-            Some(Kind::BFloat16) => self.fused::<bf16>(x, weight, &target),
-            Some(Kind::Half) => self.fused::<f16>(x, weight, &target),
-            Some(_) => self.fused::<f32>(x, weight, &target),
-            None => linear_cross_entropy_plain(x, weight, &target),
+        match (fused_kind(&[x, weight]), part) {
+            (Some(Kind::BFloat16), part) => self.fused::<bf16>(x, weight, &target, part),
+            (Some(Kind::Half), part) => self.fused::<f16>(x, weight, &target, part),
+            (Some(_), part) => self.fused::<f32>(x, weight, &target, part),
+            (None, None) => linear_cross_entropy_plain(x, weight, &target),
+            (None, part) => {
+                let exact = |x: &Tensor| x.f_contiguous()?.f_to_kind(Kind::Float);
+                self.fused::<f32>(&exact(x)?, &exact(weight)?, &target, part)
+            }
         }
     }
 
@@ -74,6 +122,7 @@ impl LinearCrossEntropy {
         x: &Tensor,
         weight: &Tensor,
         target: &Tensor,
+        part: Option<ClassPart>,
     ) -> Result<Tensor, EngineError> {
         let width = weight.size()[1];
         let learns = [learns(x)?, learns(weight)?];
@@ -81,14 +130,18 @@ impl LinearCrossEntropy {
         let shape = HeadShape {
             num_rows: rows.size()[0] as usize,
             width: width as usize,
-            num_classes: weight.size()[0] as usize,
+            // The most that a rank has: all take as many rows at a time.
+            num_classes: match &part {
+                Some(part) => part.num_classes.div_ceil(part.tensor.degree()),
+                None => weight.size()[0] as usize,
+            },
             element_bytes: size_of::<T>(),
         };
         assert_eq!(ids(target).len(), shape.num_rows, "targets against rows");
         let chunk_rows =
             self.chunk_rows.unwrap_or_else(|| shape.chunk_rows()).clamp(1, shape.num_rows.max(1));
         let scale = (self.loss_scale / shape.num_rows as f64) as f32;
-        let head = Head { rows, weight: weight.f_detach()?, targets: ids(target), shape, chunk_rows };
+        let head = Head { rows, weight: weight.f_detach()?, targets: ids(target), shape, chunk_rows, part };
         let (total, grads) = no_grad(|| match learns {
             [false, false] => Ok((head.loss::<T>()?, [None, None])),
             _ => head.loss_and_grads::<T>(scale, learns),
@@ -142,6 +195,33 @@ struct Head<'a> {
     targets: &'a [i64],
     shape: HeadShape,
     chunk_rows: usize,
+    part: Option<ClassPart>,
+}
+
+/// The classes that this rank has the scores of.
+pub(super) struct ClassPart {
+    tensor: TensorParallel,
+    classes: Range<usize>,
+    /// Of all ranks.
+    num_classes: usize,
+}
+
+impl ClassPart {
+    /// The softmax of each row over the classes of all ranks, and the sum of their losses.
+    fn softmax<T: Fused + Float>(
+        &self,
+        scores: &Tensor,
+        targets: &[i64],
+    ) -> Result<(f64, Vec<split::Softmax>), EngineError> {
+        let num_rows = targets.len();
+        let mut own = vec![RowStats::EMPTY; num_rows];
+        let (classes, num_classes) = (self.classes.clone(), self.num_classes);
+        split::partial(threads(), elements::<T>(scores), targets, classes, num_classes, &mut own)?;
+        let mut all = vec![RowStats::EMPTY; num_rows * self.tensor.degree()];
+        let (own, out) = (RowStats::as_flat(&own), RowStats::as_flat_mut(&mut all));
+        self.tensor.group().all_gather(Slice::of(own), SliceMut::of(out))?;
+        Ok(split::combine(&all, num_rows))
+    }
 }
 
 /// Gradients of the rows and of the weight, where they are wanted.
@@ -150,8 +230,9 @@ type Grads = [Option<Tensor>; 2];
 impl Head<'_> {
     /// The sum of the rows' losses.
     fn loss<T: Fused + Float>(&self) -> Result<f64, EngineError> {
-        self.sum_chunks::<T>(|_, scores, targets| {
-            Ok(kernel::loss_only(threads(), elements::<T>(scores), targets)?)
+        self.sum_chunks::<T>(|_, scores, targets| match &self.part {
+            Some(part) => Ok(part.softmax::<T>(scores, targets)?.0),
+            None => Ok(kernel::loss_only(threads(), elements::<T>(scores), targets)?),
         })
     }
 
@@ -164,7 +245,15 @@ impl Head<'_> {
         let drows = if rows_learn { Some(self.rows.f_empty_like()?) } else { None };
         let mut dweight = WeightGrad::<T>::new(self.chunk_rows >= self.shape.num_rows);
         let total = self.sum_chunks::<T>(|first, scores, targets| {
-            let loss = kernel::in_place(threads(), elements_mut::<T>(scores), targets, scale)?;
+            let loss = match &self.part {
+                Some(part) => {
+                    let (loss, softmax) = part.softmax::<T>(scores, targets)?;
+                    let classes = part.classes.clone();
+                    split::gradients(threads(), elements_mut::<T>(scores), targets, classes, &softmax, scale);
+                    loss
+                }
+                None => kernel::in_place(threads(), elements_mut::<T>(scores), targets, scale)?,
+            };
             let num_rows = targets.len() as i64;
             if let Some(drows) = &drows {
                 let _ = scores.f_mm_out(&drows.f_narrow(0, first, num_rows)?, &self.weight)?;
@@ -185,7 +274,7 @@ impl Head<'_> {
         mut visit: impl FnMut(i64, &mut Tensor, &[i64]) -> Result<f64, EngineError>,
     ) -> Result<f64, EngineError> {
         let memory = self.rows.f_new_empty(
-            [self.chunk_rows as i64, self.shape.num_classes as i64],
+            [self.chunk_rows as i64, self.weight.size()[0]],
             (T::KIND, self.rows.device()),
         )?;
         let mut total = 0.0;

@@ -206,7 +206,7 @@ fn the_loss_scale_reaches_gradients_before_they_are_rounded() {
         let options = LinearCrossEntropy { chunk_rows: Some(200), loss_scale };
         // In f16 also where the processor would rather compute in f32.
         let loss = match kind {
-            Kind::Half => options.fused::<f16>(&x, &head, &target).unwrap(),
+            Kind::Half => options.fused::<f16>(&x, &head, &target, None).unwrap(),
             _ => options.forward(&x, &head, &target).unwrap(),
         };
         let dhead = grads(&loss, dloss, &[&head]).remove(0);
