@@ -1,6 +1,6 @@
 //! What becomes of a step: applied, skipped, or the end.
 //!
-//! All ranks know the sum of squares of the whole gradient, to the bit, and keep the same [`LossScaler`]: so they decide
+//! All ranks of the world know the sum of squares of the whole gradient, to the bit, and keep the same [`LossScaler`]: so they decide
 //! alike without asking each other. Only a step that is not applied costs an exchange, to find out whose gradient
 //! it was.
 //!
@@ -40,25 +40,28 @@ impl Zero {
         Ok(StepOutcome::Diverged { error })
     }
 
-    /// The first parameter, in the order of units, whose gradient is not finite on some rank. One exchange, which only a
+    /// The first parameter, in the order of the catalogue, whose gradient is not finite on some rank. One exchange, which only a
     /// step that is not applied pays.
     fn first_non_finite(&self) -> Result<SkipReason, ZeroError> {
-        const NONE: [f64; 2] = [f64::INFINITY; 2];
-        let own = |(index, unit): (usize, &Unit)| {
-            let grad = self.owned_gradient(unit)?;
-            let shard = unit.layout.shard_range(self.group_rank);
-            let is_bad = |range| !norm::all_finite_of(self.threads(), grad.range(range));
-            let found = unit.layout.fragments(shard).into_iter().find(|f| is_bad(f.local_range.clone()))?;
-            Some([index as f64, found.slot as f64])
-        };
-        let mine = self.units.iter().enumerate().find_map(own).unwrap_or(NONE);
-        let ranks = self.lane.exchange(&mine)?;
-        let first = ranks.iter().min_by(|a, b| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])));
-        let first = first.expect("a group has a rank");
-        // Gaps and padding are zeros that are never written, so an element that is not finite belongs to a parameter.
-        let layout = &self.units[first[0] as usize].layout;
-        let param = layout.slots[first[1] as usize].param.name.clone();
-        Ok(SkipReason::NonFiniteGradient { unit: layout.name.clone(), param })
+        let catalogue = &self.placement.catalogue;
+        let places = self.placement.places();
+        let mut fragments = Vec::new();
+        for unit in &self.units {
+            let Some(grad) = self.owned_gradient(unit) else { continue };
+            // Gaps and padding are zeros that are never written, so an element that is not finite belongs to a parameter.
+            for fragment in unit.layout.fragments(unit.layout.shard_range(self.group_rank)) {
+                let place = places[unit.layout.slots[fragment.slot].param.name.as_str()];
+                fragments.push((place, grad.range(fragment.local_range)));
+            }
+        }
+        fragments.sort_by_key(|(place, _)| *place);
+        let is_bad = |values| !norm::all_finite_of(self.threads(), values);
+        let mine = fragments.into_iter().find(|(_, values)| is_bad(*values));
+        let mine = mine.map_or(f64::INFINITY, |(place, _)| place as f64);
+        let ranks = self.lane.exchange_over_world(&[mine])?;
+        let first = ranks.iter().map(|rank| rank[0]).fold(f64::INFINITY, f64::min);
+        let (unit, param) = catalogue.get(first as usize).expect("a sum is finite if every term is").clone();
+        Ok(SkipReason::NonFiniteGradient { unit, param })
     }
 
     /// This rank's shard of a settled gradient, in every stage; none of a frozen unit.

@@ -1,19 +1,21 @@
 //! How collectives are issued: at once, or in order on a side thread.
 //!
 //! On the side thread, buffers are moved into the call and come back when it is waited for, so nobody can touch memory
-//! that is under way. Every collective of the group goes through the same lane, which keeps their order equal on
-//! all ranks.
+//! that is under way. Every collective of the data group goes through the same lane, which keeps their order equal on
+//! all ranks. Other groups are used from the caller's thread: few and small exchanges, which it needs at once.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
 use shardwise_device::{Buffer, Slice, SliceMut};
 
-use crate::{Overlap, ZeroError};
+use crate::{Groups, Overlap, ZeroError};
 
 pub(crate) struct Lane {
-    group: Group,
+    groups: Groups,
+    /// Of the data group.
     queue: Option<CommQueue>,
     /// Time in collectives of the caller's thread.
     inline: Cell<Duration>,
@@ -36,16 +38,16 @@ impl<T> Pending<T> {
 }
 
 impl Lane {
-    pub fn new(group: Group, overlap: Overlap) -> Result<Self, ZeroError> {
+    pub fn new(groups: Groups, overlap: Overlap) -> Result<Self, ZeroError> {
         let queue = match overlap {
             Overlap::Inline => None,
-            Overlap::SideThread => Some(CommQueue::new(group.clone())?),
+            Overlap::SideThread => Some(CommQueue::new(groups.data.clone())?),
         };
-        Ok(Lane { group, queue, inline: Cell::default() })
+        Ok(Lane { groups, queue, inline: Cell::default() })
     }
 
-    pub fn group(&self) -> &Group {
-        &self.group
+    pub fn groups(&self) -> &Groups {
+        &self.groups
     }
 
     pub fn is_inline(&self) -> bool {
@@ -57,9 +59,9 @@ impl Lane {
         self.inline.get() + self.queue.as_ref().map_or(Duration::ZERO, CommQueue::waited)
     }
 
-    fn timed<T>(&self, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
+    fn timed<T>(&self, group: &Group, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
         let start = Instant::now();
-        let result = call(&*self.group);
+        let result = call(&**group);
         self.inline.set(self.inline.get() + start.elapsed());
         result
     }
@@ -70,7 +72,7 @@ impl Lane {
         call: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError> + Send + 'static,
     ) -> Result<Pending<T>, ZeroError> {
         Ok(match &self.queue {
-            None => Pending::Ready(self.timed(call)?),
+            None => Pending::Ready(self.timed(&self.groups.data, call)?),
             Some(queue) => Pending::UnderWay(queue.submit(call)),
         })
     }
@@ -81,7 +83,17 @@ impl Lane {
         call: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError>,
     ) -> Result<T, ZeroError> {
         debug_assert!(self.is_inline(), "a collective beside the side thread would break the order");
-        Ok(self.timed(call)?)
+        Ok(self.timed(&self.groups.data, call)?)
+    }
+
+    /// Runs `call` on another group than the lane's, in the caller's thread.
+    pub fn beside<T>(
+        &self,
+        group: &Group,
+        call: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError>,
+    ) -> Result<T, ZeroError> {
+        debug_assert!(!Arc::ptr_eq(group, &self.groups.data), "the data group has its order to keep");
+        Ok(self.timed(group, call)?)
     }
 
     pub fn all_gather(
@@ -129,30 +141,51 @@ impl Lane {
         self.start(|_| Ok(()))?.wait()
     }
 
-    /// The `values` of every rank, in rank order.
+    /// The `values` of every data rank, in rank order.
     pub fn exchange(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
-        let mine: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let num_bytes = mine.len();
-        let all = self
-            .start(move |group| {
-                let mut all = vec![0u8; num_bytes * group.group_size()];
-                group.all_gather(Slice::of(&mine), SliceMut::of(&mut all))?;
-                Ok(all)
-            })?
-            .wait()?;
-        let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes"));
-        let ranks = all.chunks_exact(num_bytes.max(1));
-        Ok(ranks.map(|rank| rank.chunks_exact(8).map(number).collect()).collect())
+        let mine = to_bytes(values);
+        let all = self.start(move |group| all_bytes(group, &mine))?.wait()?;
+        Ok(rows_of(&all, values.len()))
     }
 
-    /// Sums each of `values` over the ranks, in rank order.
-    pub fn sum(&self, values: &[f64]) -> Result<Vec<f64>, ZeroError> {
-        let mut sums = vec![0.0; values.len()];
-        for rank in self.exchange(values)? {
-            for (sum, value) in sums.iter_mut().zip(rank) {
-                *sum += value;
-            }
-        }
-        Ok(sums)
+    /// The `values` of every rank of the tensor group, in rank order.
+    pub fn exchange_over_tensor(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
+        let all = self.beside(&self.groups.tensor, |group| all_bytes(group, &to_bytes(values)))?;
+        Ok(rows_of(&all, values.len()))
     }
+
+    /// The `values` of every rank of the world, in rank order.
+    pub fn exchange_over_world(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
+        if Arc::ptr_eq(&self.groups.world, &self.groups.data) {
+            return self.exchange(values);
+        }
+        let all = self.beside(&self.groups.world, |group| all_bytes(group, &to_bytes(values)))?;
+        Ok(rows_of(&all, values.len()))
+    }
+}
+
+/// Each number of `rows` summed, in their order.
+pub(crate) fn sum_of(rows: &[Vec<f64>], num_values: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; num_values];
+    for row in rows {
+        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+    }
+    sums
+}
+
+fn to_bytes(values: &[f64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn all_bytes(group: &dyn ProcessGroup, mine: &[u8]) -> Result<Vec<u8>, CommError> {
+    let mut all = vec![0u8; mine.len() * group.group_size()];
+    group.all_gather(Slice::of(mine), SliceMut::of(&mut all))?;
+    Ok(all)
+}
+
+/// The numbers of each rank.
+fn rows_of(all: &[u8], num_values: usize) -> Vec<Vec<f64>> {
+    let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes"));
+    let ranks = all.chunks_exact((8 * num_values).max(1));
+    ranks.map(|rank| rank.chunks_exact(8).map(number).collect()).collect()
 }

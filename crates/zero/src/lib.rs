@@ -23,6 +23,9 @@
 //! In fp32 the compute copy is the master copy. In fp16 the caller starts each backward pass with
 //! [`Zero::loss_scale`] as the gradient of the loss; [`LossScaler`] says how that scale moves.
 //!
+//! On a mesh a rank holds some layers, cut ([`Zero::on_mesh`]): state is sharded over its data group, while norm and decision are over the
+//! world ([`Groups`]), where each element counts once ([`Placement`]).
+//!
 //! **Numbers.** Gradients of ranks are added in rank order in f32; the mean over ranks and micro-batches, like the loss
 //! scale, is one factor in the step ([`ReductionOptions`] has other ways). Without accumulation every stage adds the same numbers in the same order, so all stages give the same
 //! bits; with accumulation stages 0 and 1 add micro-batches first and ranks then, stages 2 and 3 the other way round.
@@ -33,6 +36,7 @@ mod error;
 mod export;
 mod gradients;
 mod lane;
+mod mesh;
 mod optimizer;
 mod options;
 mod pieces;
@@ -48,6 +52,7 @@ pub use algorithm::{
     AdagradOptions, AdamOptions, LambOptions, LionOptions, MuonOptions, Optimizer, SgdOptions,
 };
 pub use error::ZeroError;
+pub use mesh::{Groups, Placement};
 pub use options::{OnNonFinite, Overlap, StatePrecision, ZeroOptions};
 pub use pieces::ParamGroup;
 pub use reduction::{GradientOp, Predivide, ReductionOptions};

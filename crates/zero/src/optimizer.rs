@@ -2,8 +2,8 @@
 //!
 //! The gradient held by a unit is the sum over ranks and micro-batches, times the loss scale; the mean, unscaling and
 //! clipping are one factor of the fused update. Squares of f32 numbers and their sums fit f64, so the sum of squares is
-//! finite exactly when every element is: all ranks see it and take the same decision. The norm adds squares in f64: within a shard in a fixed order, then shards in unit order, then ranks in
-//! rank order, so it does not depend on the stage.
+//! finite exactly when every element is: all ranks see it and take the same decision. The norm adds squares in f64: within a shard in a fixed order, then shards in unit order, then ranks of the
+//! world in rank order, so it does not depend on the stage. What another rank speaks for is left out.
 
 use std::mem::replace;
 
@@ -11,6 +11,7 @@ use shardwise_device::DType;
 use shardwise_kernels::{convert, norm};
 
 use crate::algorithm::{Algorithm, not_negative};
+use crate::lane::sum_of;
 use crate::unit::{GradState, Unit};
 use crate::update::Update;
 use crate::{StepReport, Zero, ZeroError};
@@ -22,10 +23,10 @@ impl Zero {
     /// Updates all trainable parameters from the gradients reduced since the last step, unless these are not finite and
     /// are to be skipped. Then no weight, moment or counter of steps moves, and the loss scale may.
     ///
-    /// `scalars` of all ranks are summed on the way (a loss, for example), which saves an exchange.
+    /// `scalars` of all ranks of the world are summed on the way (a loss, for example), which saves an exchange.
     ///
     /// # Collective
-    /// Every rank calls, after the last micro-batch of every trainable unit was reduced.
+    /// Every rank of the world calls, after the last micro-batch of every trainable unit was reduced.
     /// # Errors
     /// [`ZeroError::MissingGradient`] if it was not; [`ZeroError::WrongOption`] for a learning rate that is negative or not
     /// finite; a failed collective or allocation.
@@ -35,7 +36,7 @@ impl Zero {
         not_negative("lr", lr)?;
         let mut mine = vec![self.owned_sum_of_squares()?];
         mine.extend_from_slice(scalars);
-        let mut sums = self.lane.sum(&mine)?;
+        let mut sums = sum_of(&self.lane.exchange_over_world(&mine)?, mine.len());
         let sum_of_squares = sums.remove(0);
         let scale = self.scaler.scale();
         let unscale = self.reduction.after / scale;
@@ -111,7 +112,7 @@ impl Zero {
         }
     }
 
-    /// This rank's part of the squared norm: its shard of every unit, in every stage.
+    /// This rank's part of the squared norm: its shard of every unit, in every stage, as far as it speaks for it.
     fn owned_sum_of_squares(&mut self) -> Result<f64, ZeroError> {
         let mut total = 0.0;
         for unit in 0..self.units.len() {
@@ -120,8 +121,18 @@ impl Zero {
             }
             self.settle(unit)?;
             self.take_turn(unit)?;
-            let grad = self.owned_gradient(&self.units[unit]).expect("checked above");
-            total += norm::sum_of_squares_of(self.threads(), grad);
+            let unit = &self.units[unit];
+            let grad = self.owned_gradient(unit).expect("checked above");
+            let is_counted = |slot: usize| self.speaks_for(&unit.layout.slots[slot].param.name);
+            if (0..unit.layout.slots.len()).all(is_counted) {
+                total += norm::sum_of_squares_of(self.threads(), grad);
+                continue;
+            }
+            for fragment in unit.layout.fragments(unit.layout.shard_range(self.group_rank)) {
+                if is_counted(fragment.slot) {
+                    total += norm::sum_of_squares_of(self.threads(), grad.range(fragment.local_range));
+                }
+            }
         }
         Ok(total)
     }

@@ -158,7 +158,7 @@ impl ZeroOptions {
 pub enum StatePrecision {
     /// As they are computed.
     F32,
-    /// Half the memory. Rounded at random, by a pure function of the seed, unit, element and step. Not for LAMB and Muon.
+    /// Half the memory. Rounded at random, by a pure function of the seed, parameter, element and step. Not for LAMB and Muon.
     Bf16 {
         /// Of the random numbers.
         seed: u64,

@@ -1,7 +1,8 @@
 //! Parameter groups, and the pieces that a unit's owned range falls into.
 //!
-//! A piece is what one call of a kernel moves: neighbouring parameters that are told the same, or the part of one
-//! parameter in one shard where an optimizer looks at whole parameters (LAMB, Muon). Each piece has its own states.
+//! A piece is what one call of a kernel moves: neighbouring parameters that are told the same, one parameter where its states
+//! are rounded at random, or the part of one parameter in one shard where an optimizer looks at whole parameters (LAMB, Muon). Each
+//! piece has its own states.
 
 use std::ops::Range;
 
@@ -80,8 +81,11 @@ impl ZeroOptions {
             for fragment in layout.fragments(shard_range) {
                 let settings = self.settings(&layout.slots[fragment.slot].param);
                 let range = fragment.local_range.start + offset..fragment.local_range.end + offset;
+                let moves_with = |slot| slot == fragment.slot || self.states == StatePrecision::F32;
                 match pieces.last_mut() {
-                    Some((last, same, ..)) if *same == settings && settings.algorithm.is_element_wise() => {
+                    Some((last, same, slot, _))
+                        if *same == settings && settings.algorithm.is_element_wise() && moves_with(*slot) =>
+                    {
                         last.end = range.end;
                     }
                     _ => pieces.push((range, settings, fragment.slot, shard)),

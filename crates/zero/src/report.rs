@@ -31,9 +31,9 @@ pub enum SkipReason {
     /// The gradient is infinite or not a number somewhere.
     #[error("the gradient is not finite, first that of `{param}` in layer `{unit}`")]
     NonFiniteGradient {
-        /// The first unit, in their order, with such an element on any rank.
+        /// The layer of the first parameter, in the order of the model, with such an element on any rank.
         unit: String,
-        /// Its first parameter with such an element.
+        /// The parameter.
         param: String,
     },
 }
@@ -82,7 +82,7 @@ pub struct StepReport {
     pub loss_scale: Option<f64>,
     /// Steps skipped so far, this one included.
     pub num_skipped: u64,
-    /// The caller's scalars, summed over the ranks in rank order.
+    /// The caller's scalars, summed over the ranks of the world in rank order.
     pub sums: Vec<f64>,
 }
 

@@ -3,12 +3,13 @@
 //! ```text
 //! element by element    each piece in one pass                                          | complete the copy
 //! Muon                  momentum | all-gather (fp32) | orthogonalize own matrices, apply | complete the copy
-//! LAMB                  moments and norms, of all units | one exchange | apply            | complete the copy
+//! LAMB                  moments and norms, of all units | exchange norms | apply          | complete the copy
 //! ```
 //!
 //! Ranks orthogonalize the matrices of which they own a part: all get the same bits from the same numbers, and a matrix
 //! that straddles shards is computed more than once rather than sent. Norms of LAMB are summed within shards and
-//! then in rank order, also where one rank has all shards, so stages agree bit for bit.
+//! then in rank order, also where one rank has all shards, so stages agree bit for bit. Where tensor ranks have parts of a
+//! parameter, one exchange more sums over them.
 
 use std::mem::replace;
 
@@ -20,7 +21,7 @@ use shardwise_kernels::optimizer::{
 };
 
 use crate::algorithm::Algorithm;
-use crate::lane::Pending;
+use crate::lane::{Pending, sum_of};
 use crate::pieces::{Piece, State};
 use crate::unit::{GradState, ParamState, Trained, Unit};
 use crate::{Optimizer, StatePrecision, Zero, ZeroError};
@@ -59,7 +60,10 @@ impl Zero {
             let noise = match self.options.states {
                 StatePrecision::F32 => None,
                 StatePrecision::Bf16 { seed } => {
-                    Some(Noise::new(seed, &layout.name, update.step, (owned.start + range.start) as u64))
+                    // By parameter: units of replicas may differ.
+                    let slot = &layout.slots[piece.slot];
+                    let first = owned.start + range.start - slot.offset;
+                    Some(Noise::new(seed, &slot.param.name, update.step, first as u64))
                 }
             };
             let (master, copy) = master_and_copy(master, copy.range_mut(range.clone()), range.clone())?;
@@ -101,7 +105,7 @@ impl Zero {
         Ok(())
     }
 
-    /// The norms of every parameter of every unit, over all ranks.
+    /// The norms of every parameter of every unit, whole.
     fn lamb_norms(&self) -> Result<Vec<Vec<SquaredNorms>>, ZeroError> {
         // A row for each shard, with two numbers for each parameter.
         let starts =
@@ -119,14 +123,21 @@ impl Zero {
         if self.options.stage.shards_optimizer() {
             rows = self.lane.exchange(&rows[self.group_rank])?;
         }
-        let total = |param: usize| {
-            rows.iter().fold(SquaredNorms::default(), |mut sum, row| {
-                sum += SquaredNorms { param: row[2 * param], update: row[2 * param + 1] };
-                sum
-            })
-        };
+        let mut norms = sum_of(&rows, 2 * num_params);
+        if self.groups().tensor.group_size() > 1 {
+            // Each part once; the ranks that another speaks for take what it says.
+            for (unit, start) in self.units.iter().zip(&starts) {
+                for (slot, i) in unit.layout.slots.iter().zip(*start..) {
+                    if self.placement.tensor_replicas.contains(&slot.param.name) {
+                        norms[2 * i..2 * i + 2].fill(0.0);
+                    }
+                }
+            }
+            norms = sum_of(&self.lane.exchange_over_tensor(&norms)?, 2 * num_params);
+        }
+        let of = |i: usize| SquaredNorms { param: norms[2 * i], update: norms[2 * i + 1] };
         let units = self.units.iter().zip(starts);
-        Ok(units.map(|(unit, start)| (start..start + unit.layout.slots.len()).map(total).collect()).collect())
+        Ok(units.map(|(unit, start)| (start..start + unit.layout.slots.len()).map(of).collect()).collect())
     }
 
     /// The orthogonal directions of a unit's matrices, where this rank owns a part of them; nothing if it has no matrices.

@@ -15,7 +15,7 @@ use crate::lane::{Lane, Pending};
 use crate::reduction::Reduction;
 use crate::scaler::LossScaler;
 use crate::unit::{GradState, ParamState, Trained, Unit};
-use crate::{LossScalerState, LossScaling, StateBytes, ZeroError, ZeroOptions};
+use crate::{Groups, LossScalerState, LossScaling, Optimizer, Placement, StateBytes, ZeroError, ZeroOptions};
 
 /// Gives the first values of elements of one parameter: from a file, or from a generator.
 pub type Fill<'a> = dyn FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
@@ -28,6 +28,8 @@ const FILL_NUMEL: usize = 1 << 20;
 pub struct Zero {
     pub(crate) options: ZeroOptions,
     pub(crate) lane: Lane,
+    pub(crate) placement: Placement,
+    /// In the data group.
     pub(crate) group_rank: usize,
     pub(crate) units: Vec<Unit>,
     pub(crate) pool: BufferPool,
@@ -43,28 +45,52 @@ pub struct Zero {
 }
 
 impl Zero {
-    /// Lays out the state of this rank and fills its parameters.
+    /// [`Zero::on_mesh`] where no parameter is on ranks of several data groups.
+    ///
+    /// # Collective
+    /// As [`Zero::on_mesh`].
+    /// # Errors
+    /// As [`Zero::on_mesh`].
+    pub fn new(
+        layouts: Vec<UnitLayout>,
+        options: ZeroOptions,
+        groups: impl Into<Groups>,
+        fill: &mut Fill<'_>,
+    ) -> Result<Self, ZeroError> {
+        Zero::on_mesh(layouts, options, groups, Placement::default(), fill)
+    }
+
+    /// Lays out the state of this rank and fills its parameters. The layouts are of parameters as this rank's pipeline stage and tensor
+    /// rank have them.
     ///
     /// `fill` is called for ranges of parameters of which this rank keeps master weights, and never for more.
     ///
     /// # Collective
-    /// `group`. Every rank calls with the same layouts and options.
+    /// The data group. Every rank of it calls with the same layouts, options and placement; in the world options and catalogue are the
+    /// same.
     /// # Errors
-    /// [`ZeroError::WrongOption`], [`ZeroError::WrongGroup`] if the layouts are for another number of ranks,
-    /// [`ZeroError::Fill`] what `fill` says.
-    pub fn new(
+    /// [`ZeroError::WrongOption`], also for Muon on several tensor ranks and for a catalogue that lacks a parameter;
+    /// [`ZeroError::WrongGroup`] if the layouts are for another number of ranks, [`ZeroError::Fill`] what `fill` says.
+    pub fn on_mesh(
         layouts: Vec<UnitLayout>,
         options: ZeroOptions,
-        group: Group,
+        groups: impl Into<Groups>,
+        placement: Placement,
         fill: &mut Fill<'_>,
     ) -> Result<Self, ZeroError> {
+        let groups = groups.into();
         options.check()?;
-        let (group_rank, group_size) = (group.group_rank(), group.group_size());
+        if let (Optimizer::Muon(_), 2..) = (&options.optimizer, groups.tensor.group_size()) {
+            let expected = "`adamw`, `lamb` or another: tensor-parallel ranks have no whole matrices";
+            return Err(ZeroError::WrongOption { option: "optimizer", got: "muon".to_owned(), expected });
+        }
+        let placement = placement.complete(&layouts)?;
+        let (group_rank, group_size) = (groups.data.group_rank(), groups.data.group_size());
         if let Some(wrong) = layouts.iter().find(|layout| layout.num_shards != group_size) {
             let (unit, expected) = (wrong.name.clone(), wrong.num_shards);
             return Err(ZeroError::WrongGroup { unit, expected, got: group_size });
         }
-        let lane = Lane::new(group, options.overlap)?;
+        let lane = Lane::new(groups, options.overlap)?;
         let gather_numel = layouts.iter().map(|layout| layout.padded_numel).max().unwrap_or(0);
         let mut zero = Zero {
             scaler: LossScaler::new(options.loss_scaling.unwrap_or(LossScaling::Static(1.0))),
@@ -76,6 +102,7 @@ impl Zero {
             ),
             options,
             lane,
+            placement,
             group_rank,
             units: Vec::with_capacity(layouts.len()),
             pool: BufferPool::new(Place::Cpu),
@@ -158,7 +185,18 @@ impl Zero {
 
     /// The group over which state is sharded.
     pub fn group(&self) -> &Group {
-        self.lane.group()
+        &self.groups().data
+    }
+
+    /// All groups.
+    pub fn groups(&self) -> &Groups {
+        self.lane.groups()
+    }
+
+    /// Whether this rank's elements of `param` count here and not on another tensor rank or an earlier stage: in norms, and
+    /// in what is written.
+    pub fn speaks_for(&self, param: &str) -> bool {
+        self.placement.speaks_for(param)
     }
 
     /// Makes the unit's compute copy whole and says where it is. It stays there until [`Zero::release`] or
@@ -237,14 +275,14 @@ impl Zero {
         self.lane.exposed()
     }
 
-    /// The `values` of every rank, in rank order.
+    /// The `values` of every rank of the world, in rank order.
     ///
     /// # Collective
-    /// Every rank calls with as many values.
+    /// Every rank of the world calls with as many values.
     /// # Errors
     /// A failed collective.
     pub fn exchange(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
-        self.lane.exchange(values)
+        self.lane.exchange_over_world(values)
     }
 
     /// Bytes of model state that this rank holds, by kind, when nothing is gathered.
