@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::iter::successors;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use shardwise_comm::{Group, ProcessGroup};
@@ -68,7 +68,7 @@ pub struct Engine {
     pub(crate) layers: Vec<Box<dyn Layer>>,
     pub(crate) stage: Stage,
     /// This stage's actions in each step.
-    pub(crate) actions: Rc<[Action]>,
+    pub(crate) actions: Arc<[Action]>,
     /// How many layers use each unit: its gradient is complete when all have gone backward.
     pub(crate) num_users: Vec<usize>,
     /// By unit: parameters of whose gradient this rank has only a part.

@@ -53,7 +53,9 @@ pub enum EngineError {
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
     /// Tokens that ranks cannot share evenly.
-    #[error("`{num_tokens}` tokens of a sample cannot be shared by `{degree}` tensor-parallel ranks evenly, expected a multiple of `{degree}`")]
+    #[error(
+        "`{num_tokens}` tokens of a sample cannot be shared by `{degree}` tensor-parallel ranks evenly, expected a multiple of `{degree}`"
+    )]
     TokensNotDivisible {
         /// Tokens of a sample.
         num_tokens: usize,

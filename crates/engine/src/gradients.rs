@@ -119,7 +119,8 @@ impl Engine {
     ) -> Result<(), EngineError> {
         (self.observer)(Phase::Reduce);
         let dtype = self.zero.compute_dtype();
-        let slices: Vec<_> = grads.iter().map(|grad| grad.as_ref().map(|grad| checked(grad, dtype))).collect();
+        let slices: Vec<_> =
+            grads.iter().map(|grad| grad.as_ref().map(|grad| checked(grad, dtype))).collect();
         Ok(self.zero.reduce(unit, microbatch, &slices)?)
     }
 }

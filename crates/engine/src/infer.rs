@@ -66,7 +66,12 @@ impl Engine {
         broadcast(&self.ranks.pipeline, last, result)
     }
 
-    fn run_layer(&mut self, index: usize, x: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
+    fn run_layer(
+        &mut self,
+        index: usize,
+        x: &Tensor,
+        target: Option<&Tensor>,
+    ) -> Result<Tensor, EngineError> {
         self.gather(index)?;
         // A text to go on with is of any length: every rank has all of its tokens.
         let tensor = self.tensor.with_all_tokens();

@@ -29,12 +29,9 @@ impl Ranks {
     /// If the mesh has another number of ranks than the group.
     pub fn new(world: Group, mesh: Mesh) -> Result<Self, CommError> {
         assert_eq!(world.group_size(), mesh.world_size(), "a mesh of as many ranks as the group has");
-        let [pipeline, data, tensor] = [
-            (Axis::Pipeline, "pipeline"),
-            (Axis::Data, "data"),
-            (Axis::Tensor, "tensor"),
-        ]
-        .map(|(axis, name)| group_along(&world, mesh, axis, name));
+        let [pipeline, data, tensor] =
+            [(Axis::Pipeline, "pipeline"), (Axis::Data, "data"), (Axis::Tensor, "tensor")]
+                .map(|(axis, name)| group_along(&world, mesh, axis, name));
         let at = mesh.coordinates(world.group_rank());
         Ok(Ranks { mesh, at, pipeline: pipeline?, data: data?, tensor: tensor?, world })
     }
@@ -67,7 +64,8 @@ impl Ranks {
 /// All ranks are data parallel.
 impl From<Group> for Ranks {
     fn from(world: Group) -> Self {
-        let mesh = Mesh::new(world.group_size(), 1, 1).expect("a group has a rank, and one divides every number");
+        let mesh =
+            Mesh::new(world.group_size(), 1, 1).expect("a group has a rank, and one divides every number");
         let at = mesh.coordinates(world.group_rank());
         Ranks { mesh, at, data: world.clone(), pipeline: solo(), tensor: solo(), world }
     }

@@ -62,7 +62,8 @@ impl Engine {
         mut batch: impl FnMut(usize) -> Result<Batch, BoxError>,
     ) -> Result<TrainReport, EngineError> {
         let actions = self.actions.clone();
-        self.transport.begin(actions.iter().copied().filter(|&action| self.is_wanted(action)));
+        let wanted: Vec<_> = actions.iter().copied().filter(|&action| self.is_wanted(action)).collect();
+        self.transport.begin(&wanted);
         let mut progress = Progress::default();
         let mut step = None;
         for &action in actions.iter() {

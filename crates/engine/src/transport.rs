@@ -83,8 +83,8 @@ impl Transport {
     }
 
     /// Posts the first receives of a step that consists of `actions`.
-    pub fn begin(&mut self, actions: impl Iterator<Item = Action>) {
-        for action in actions {
+    pub fn begin(&mut self, actions: &[Action]) {
+        for &action in actions {
             let is_receive = matches!(action, Action::RecvActivation { .. } | Action::RecvGrad { .. });
             if let (true, Some(key)) = (is_receive, key_of(self.stage, action)) {
                 self.channel(key).num_expected += 1;
@@ -185,7 +185,10 @@ fn header(tensor: &Tensor) -> [u8; HEADER_NUMEL * 8] {
     (numbers[0], numbers[1]) = (kind as u64, size.len() as u64);
     numbers[2..].iter_mut().zip(&size).for_each(|(number, &length)| *number = length as u64);
     let mut bytes = [0; HEADER_NUMEL * 8];
-    bytes.chunks_exact_mut(8).zip(numbers).for_each(|(bytes, number)| bytes.copy_from_slice(&number.to_le_bytes()));
+    bytes
+        .chunks_exact_mut(8)
+        .zip(numbers)
+        .for_each(|(bytes, number)| bytes.copy_from_slice(&number.to_le_bytes()));
     bytes
 }
 

@@ -88,12 +88,7 @@ impl Block {
         self.row_linear(context, params, "self_attn.o_proj", &out_bthe.f_view([b, t, -1])?)
     }
 
-    fn mlp(
-        &self,
-        context: &Context<'_>,
-        params: &Params<'_>,
-        x_btd: &Tensor,
-    ) -> Result<Tensor, EngineError> {
+    fn mlp(&self, context: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
         let x_btd = ops::enter(context, x_btd)?;
         let gate_btf = self.linear(params, "mlp.gate_proj", &x_btd)?;
         let up_btf = self.linear(params, "mlp.up_proj", &x_btd)?;

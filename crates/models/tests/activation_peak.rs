@@ -94,7 +94,7 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         reduction: Default::default(),
     };
     let activations = case.activations.clone();
-    let options = EngineOptions { zero, frozen: vec![], activations, head_chunk_rows: None, seed: 1 };
+    let options = EngineOptions { activations, seed: 1, ..EngineOptions::new(zero) };
     let mut engine =
         Engine::new(build(&model).unwrap(), options, solo(), &mut RandomInit { seed: 1 }).unwrap();
     let size = [case.micro_batch as i64, SEQ_LEN as i64];

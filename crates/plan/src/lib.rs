@@ -48,4 +48,4 @@ pub use param::{Init, LayerSpec, ParamSpec};
 pub use pattern::NamePattern;
 pub use schedule::Overlap;
 pub use stage::ZeroStage;
-pub use tensor::{SplitUnits, TensorSplit};
+pub use tensor::{SplitError, SplitUnits, TensorSplit};

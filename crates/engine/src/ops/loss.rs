@@ -212,7 +212,7 @@ impl ClassPart {
         &self,
         scores: &Tensor,
         targets: &[i64],
-    ) -> Result<(f64, Vec<split::Softmax>), EngineError> {
+    ) -> Result<(f64, Vec<kernel::Softmax>), EngineError> {
         let num_rows = targets.len();
         let mut own = vec![RowStats::EMPTY; num_rows];
         let (classes, num_classes) = (self.classes.clone(), self.num_classes);
@@ -273,10 +273,9 @@ impl Head<'_> {
         &self,
         mut visit: impl FnMut(i64, &mut Tensor, &[i64]) -> Result<f64, EngineError>,
     ) -> Result<f64, EngineError> {
-        let memory = self.rows.f_new_empty(
-            [self.chunk_rows as i64, self.weight.size()[0]],
-            (T::KIND, self.rows.device()),
-        )?;
+        let memory = self
+            .rows
+            .f_new_empty([self.chunk_rows as i64, self.weight.size()[0]], (T::KIND, self.rows.device()))?;
         let mut total = 0.0;
         for (chunk, targets) in self.targets.chunks(self.chunk_rows).enumerate() {
             let (first, num_rows) = (chunk * self.chunk_rows, targets.len() as i64);

@@ -17,8 +17,8 @@ pub use attention::{causal_attention, causal_attention_plain, dropped_causal_att
 pub use dropout::Dropout;
 pub use linear::{conv1d, linear};
 pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_plain};
-pub use parallel::{embedding, enter, gather_classes, leave, own_positions, row_conv1d, row_linear};
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};
+pub use parallel::{embedding, enter, gather_classes, leave, own_positions, row_conv1d, row_linear};
 pub use rotary::{Rotary, RotaryTable};
 pub use swiglu::{swiglu, swiglu_plain};
 

@@ -254,7 +254,7 @@ fn same(_: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
 }
 
 fn sum(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
-    let mut y = x.f_contiguous()?.f_copy()?;
+    let mut y = x.f_contiguous()?.f_detach_copy()?;
     tensor.group().all_reduce(slice_mut(&mut y))?;
     Ok(y)
 }
@@ -282,8 +282,10 @@ fn scatter_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed>
         let start = ((row * seq + rank * own) * width) as usize;
         Part::Data(all.range(start..start + (own * width) as usize))
     };
-    let parts: Vec<Part<'_>> =
-        (0..degree).flat_map(|rank| (0..batch).map(move |row| (rank, row))).map(|(rank, row)| part(rank, row)).collect();
+    let parts: Vec<Part<'_>> = (0..degree)
+        .flat_map(|rank| (0..batch).map(move |row| (rank, row)))
+        .map(|(rank, row)| part(rank, row))
+        .collect();
     tensor.group().reduce_scatter(&parts, slice_mut(&mut sum))?;
     Ok(sum)
 }

@@ -162,13 +162,7 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         on_non_finite: Default::default(),
         reduction: Default::default(),
     };
-    EngineOptions {
-        zero,
-        frozen: vec![],
-        activations: ActivationRules::default(),
-        head_chunk_rows: None,
-        seed: 5,
-    }
+    EngineOptions { seed: 5, ..EngineOptions::new(zero) }
 }
 
 pub fn engine(

@@ -9,7 +9,7 @@ use shardwise_device::DType;
 use shardwise_engine::{Engine, EngineOptions};
 use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, build, read_config};
-use shardwise_plan::{ActivationRules, ZeroStage};
+use shardwise_plan::ZeroStage;
 use shardwise_torch::{Kind, Tensor, set_num_threads};
 use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
 
@@ -75,13 +75,7 @@ pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
         on_non_finite: Default::default(),
         reduction: Default::default(),
     };
-    EngineOptions {
-        zero,
-        frozen: vec![],
-        activations: ActivationRules::default(),
-        head_chunk_rows: None,
-        seed: 5,
-    }
+    EngineOptions { seed: 5, ..EngineOptions::new(zero) }
 }
 
 /// As `generate` has it: no gradients, no optimizer states.

@@ -31,32 +31,26 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let hyper = read_json(&fixture("case.json"));
     let number = |key: &str| hyper[key].as_f64().unwrap();
-    let options = EngineOptions {
-        zero: ZeroOptions {
-            stage: ZeroStage::ALL[case.stage],
-            compute: if case.bf16 { DType::Bf16 } else { DType::F32 },
-            grad_accum_steps: case.accum,
-            clip_grad_norm: Some(number("clip")),
-            optimizer: Optimizer::AdamW(AdamOptions {
-                beta1: hyper["betas"][0].as_f64().unwrap(),
-                beta2: hyper["betas"][1].as_f64().unwrap(),
-                eps: number("eps"),
-                weight_decay: number("weight_decay"),
-                bias_correction: BiasCorrection::On,
-            }),
-            groups: vec![],
-            states: StatePrecision::F32,
-            overlap: Overlap::Inline,
-            threads: Threads::ONE,
-            loss_scaling: None,
-            on_non_finite: Default::default(),
-            reduction: Default::default(),
-        },
-        frozen: vec![],
-        activations: Default::default(),
-        head_chunk_rows: None,
-        seed: 0,
-    };
+    let options = EngineOptions::new(ZeroOptions {
+        stage: ZeroStage::ALL[case.stage],
+        compute: if case.bf16 { DType::Bf16 } else { DType::F32 },
+        grad_accum_steps: case.accum,
+        clip_grad_norm: Some(number("clip")),
+        optimizer: Optimizer::AdamW(AdamOptions {
+            beta1: hyper["betas"][0].as_f64().unwrap(),
+            beta2: hyper["betas"][1].as_f64().unwrap(),
+            eps: number("eps"),
+            weight_decay: number("weight_decay"),
+            bias_correction: BiasCorrection::On,
+        }),
+        groups: vec![],
+        states: StatePrecision::F32,
+        overlap: Overlap::Inline,
+        threads: Threads::ONE,
+        loss_scaling: None,
+        on_non_finite: Default::default(),
+        reduction: Default::default(),
+    });
     let shape = BatchShape {
         seq_len: hyper["seq_len"].as_u64().unwrap() as usize,
         micro_batch: case.micro_batch,
