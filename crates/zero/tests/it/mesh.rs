@@ -192,6 +192,9 @@ fn one_bad_number_on_one_rank_of_the_mesh_skips_the_step_everywhere() {
             // The table's use in the head, on the last stage; its name is that of its first layer.
             let tied = bad("head", TABLE, 71, f32::NAN);
             assert_eq!(common_outcome(mesh, &options, &tied), skipped("embed", TABLE), "stage {stage}");
+            // Stages keep the table in a unit after those of the layers, but it is the model's first parameter.
+            let all = |used: Use<'_>, values: &mut [f32]| values[used.sample % 2] = f32::INFINITY;
+            assert_eq!(common_outcome(mesh, &options, &all), skipped("embed", TABLE), "stage {stage}");
             let early = bad("block0", "block0.norm", 3, f32::NEG_INFINITY);
             let both = |used: Use<'_>, values: &mut [f32]| {
                 late(used, values);
@@ -277,6 +280,14 @@ fn a_catalogue_without_a_parameter_is_refused() {
     let (layouts, options) = (Model::new(&[&[8, 3]]).layouts(1), options(ZeroStage::One, DType::F32));
     let error = Zero::on_mesh(layouts, options, solo(), placement, &mut fill).err().unwrap().to_string();
     assert_eq!(error, "`catalogue` is `without unit0.1.bias`, expected every parameter of the model");
+    // Of two stages each would make another one.
+    shardwise_comm::thread::run(2, |world| {
+        let (layouts, options) =
+            (Model::new(&[&[8]]).layouts(1), crate::harness::options(ZeroStage::One, DType::F32));
+        let groups = Groups { data: solo(), tensor: solo(), world };
+        let error = Zero::new(layouts, options, groups, &mut fill).err().unwrap().to_string();
+        assert_eq!(error, "`catalogue` is `empty`, expected every parameter of the model");
+    });
 }
 
 #[test]

@@ -103,8 +103,9 @@ impl Rank {
     pub fn new(mesh: Mesh, options: &ZeroOptions, numbers: Numbers, world: Group) -> Result<Self, ZeroError> {
         let (layers, at) = (layers(), mesh.coordinates(world.group_rank()));
         let own_of = |name: &str, groups: Vec<Vec<usize>>| {
-            let own = groups.iter().filter_map(|ranks| world.subgroup(name, ranks).unwrap());
-            own.last()
+            // All are made, by all ranks; the own one is kept.
+            let join = |own: Option<Group>, ranks: &Vec<usize>| own.or(world.subgroup(name, ranks).unwrap());
+            groups.iter().fold(None, join)
         };
         let [data, tensor] = [Axis::Data, Axis::Tensor].map(|axis| {
             own_of(&format!("{axis:?}"), mesh.groups(axis)).expect("every rank is in a group of each axis")
