@@ -19,10 +19,9 @@
 
 use std::mem::replace;
 use std::ops::Range;
-use std::sync::Arc;
 
 use half::{bf16, f16};
-use shardwise_comm::{Group, Part};
+use shardwise_comm::Part;
 use shardwise_device::{Buffer, DType, Slice};
 use shardwise_kernels::convert;
 use shardwise_plan::memory::NUM_REDUCING;
@@ -78,37 +77,6 @@ impl Zero {
             }
         }
         self.limit_reducing(unit)
-    }
-
-    /// Sums the unit's reduced gradient over `group` too, in rank order: for a tied parameter, whose uses are on several pipeline stages.
-    /// Each sums the part that it keeps the optimizer's state of. To be called between the last micro-batch and the step.
-    ///
-    /// # Collective
-    /// `group`, which is not the data group: ranks at the same place of their data groups, for units with the same layout.
-    /// # Errors
-    /// [`ZeroError::MissingGradient`] before the last micro-batch, [`ZeroError::WrongOption`] for the data group, or a failed
-    /// collective.
-    pub fn all_reduce_gradient(&mut self, unit: usize, group: &Group) -> Result<(), ZeroError> {
-        if Arc::ptr_eq(group, self.group()) {
-            let (got, expected) =
-                (group.name().to_owned(), "a group of ranks with other uses of the parameters");
-            return Err(ZeroError::WrongOption { option: "group", got, expected });
-        }
-        let expected = self.options.grad_accum_steps;
-        let Unit { layout, owned, trained: Some(trained), .. } = &self.units[unit] else { return Ok(()) };
-        if trained.num_reduced != expected {
-            let (unit, got) = (layout.name.clone(), trained.num_reduced);
-            return Err(ZeroError::MissingGradient { unit, expected, got });
-        }
-        let owned = owned.clone();
-        self.settle(unit)?;
-        let Zero { units, lane, .. } = self;
-        let grad = match &mut units[unit].trained.as_mut().expect("checked above").grad {
-            GradState::Full(full) => full.view_mut().into_range(owned),
-            GradState::Shard(shard) => shard.view_mut(),
-            _ => unreachable!("settled"),
-        };
-        lane.beside(group, |group| group.all_reduce(grad))
     }
 
     /// Notes that a reduction of `unit` may be under way, and waits for the oldest if there are too many.

@@ -12,11 +12,13 @@
 //! ```
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use shardwise_comm::{Group, solo};
 use shardwise_plan::UnitLayout;
 
-use crate::ZeroError;
+use crate::unit::{GradState, Unit};
+use crate::{Zero, ZeroError};
 
 /// The groups that a rank is in.
 #[derive(Clone)]
@@ -45,7 +47,7 @@ pub struct Placement {
     /// Parameters of this rank that an earlier pipeline stage speaks for.
     pub stage_replicas: HashSet<String>,
     /// Layer and name of every parameter of the whole model, in order; the same on all ranks, so that each can name a parameter that
-    /// it does not have. If empty: those of this rank's units.
+    /// it does not have. If empty: those of this rank's units, unless there are pipeline stages.
     pub catalogue: Vec<(String, String)>,
 }
 
@@ -54,23 +56,23 @@ impl Placement {
     ///
     /// # Errors
     /// [`ZeroError::WrongOption`] for one that lacks a parameter.
-    pub(crate) fn complete(mut self, layouts: &[UnitLayout]) -> Result<Self, ZeroError> {
+    pub(crate) fn complete(mut self, layouts: &[UnitLayout], groups: &Groups) -> Result<Self, ZeroError> {
+        let wrong = |got| {
+            Err(ZeroError::WrongOption { option: "catalogue", got, expected: "every parameter of the model" })
+        };
         let params = layouts.iter().flat_map(|layout| layout.slots.iter().map(move |slot| (layout, slot)));
         if self.catalogue.is_empty() {
-            let name = |(layout, slot): (&UnitLayout, &shardwise_plan::ParamSlot)| {
-                (layout.name.clone(), slot.param.name.clone())
-            };
-            self.catalogue = params.map(name).collect();
+            if groups.world.group_size() > groups.data.group_size() * groups.tensor.group_size() {
+                return wrong("empty".to_owned());
+            }
+            let names = params.map(|(layout, slot)| (layout.name.clone(), slot.param.name.clone()));
+            self.catalogue = names.collect();
             return Ok(self);
         }
         let places = self.places();
         match params.map(|(_, slot)| &slot.param.name).find(|name| !places.contains_key(name.as_str())) {
             None => Ok(self),
-            Some(name) => Err(ZeroError::WrongOption {
-                option: "catalogue",
-                got: format!("without {name}"),
-                expected: "every parameter of the model",
-            }),
+            Some(name) => wrong(format!("without {name}")),
         }
     }
 
@@ -83,5 +85,38 @@ impl Placement {
     /// Whether this rank's elements of `param` count here and not elsewhere.
     pub fn speaks_for(&self, param: &str) -> bool {
         !self.tensor_replicas.contains(param) && !self.stage_replicas.contains(param)
+    }
+}
+
+impl Zero {
+    /// Sums the unit's reduced gradient over `group` too, in rank order: for a tied parameter, whose uses are on several pipeline stages.
+    /// Each sums the part that it keeps the optimizer's state of. To be called between the last micro-batch and the step.
+    ///
+    /// # Collective
+    /// `group`, which is not the data group: ranks at the same place of their data groups, for units with the same layout.
+    /// # Errors
+    /// [`ZeroError::MissingGradient`] before the last micro-batch, [`ZeroError::WrongOption`] for the data group, or a failed
+    /// collective.
+    pub fn all_reduce_gradient(&mut self, unit: usize, group: &Group) -> Result<(), ZeroError> {
+        if Arc::ptr_eq(group, self.group()) {
+            let (got, expected) =
+                (group.name().to_owned(), "a group of ranks with other uses of the parameters");
+            return Err(ZeroError::WrongOption { option: "group", got, expected });
+        }
+        let expected = self.options.grad_accum_steps;
+        let Unit { layout, owned, trained: Some(trained), .. } = &self.units[unit] else { return Ok(()) };
+        if trained.num_reduced != expected {
+            let (unit, got) = (layout.name.clone(), trained.num_reduced);
+            return Err(ZeroError::MissingGradient { unit, expected, got });
+        }
+        let owned = owned.clone();
+        self.settle(unit)?;
+        let Zero { units, lane, .. } = self;
+        let grad = match &mut units[unit].trained.as_mut().expect("checked above").grad {
+            GradState::Full(full) => full.view_mut().into_range(owned),
+            GradState::Shard(shard) => shard.view_mut(),
+            _ => unreachable!("settled"),
+        };
+        lane.beside(group, |group| group.all_reduce(grad))
     }
 }

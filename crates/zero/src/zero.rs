@@ -84,7 +84,7 @@ impl Zero {
             let expected = "`adamw`, `lamb` or another: tensor-parallel ranks have no whole matrices";
             return Err(ZeroError::WrongOption { option: "optimizer", got: "muon".to_owned(), expected });
         }
-        let placement = placement.complete(&layouts)?;
+        let placement = placement.complete(&layouts, &groups)?;
         let (group_rank, group_size) = (groups.data.group_rank(), groups.data.group_size());
         if let Some(wrong) = layouts.iter().find(|layout| layout.num_shards != group_size) {
             let (unit, expected) = (wrong.name.clone(), wrong.num_shards);

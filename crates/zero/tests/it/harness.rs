@@ -91,19 +91,19 @@ pub fn options(stage: ZeroStage, compute: DType) -> ZeroOptions {
     }
 }
 
-fn mix(mut x: u64) -> u64 {
+pub fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
 }
 
-fn hash(name: &str, numbers: &[usize]) -> u64 {
+pub fn hash(name: &str, numbers: &[usize]) -> u64 {
     let name = name.bytes().fold(17, |hash, byte| mix(hash ^ u64::from(byte)));
     numbers.iter().fold(name, |hash, &number| mix(hash.wrapping_add(number as u64 + 1)))
 }
 
 /// A number of either sign and one of many magnitudes, so that the order of additions shows in a sum.
-fn number(hash: u64) -> f32 {
+pub fn number(hash: u64) -> f32 {
     let magnitude = 2f32.powi((hash % 8) as i32 - 6);
     magnitude * ((hash >> 8) as f32 / (1u64 << 55) as f32 - 1.0)
 }

@@ -7,6 +7,8 @@ mod accounting;
 mod algorithms;
 mod errors;
 mod harness;
+mod mesh;
+mod mesh_harness;
 mod numbers;
 mod optimizers;
 mod parameters;

@@ -272,3 +272,46 @@ fn a_learning_rate_that_is_none_moves_nothing() {
         train_step(zero, 1, 1, &unchanged);
     });
 }
+
+/// A schedule moves the momentum: the steps after that are the formula's with the new one, bias correction included.
+#[test]
+fn the_momentum_of_the_steps_to_come_can_be_set() {
+    let plain = SgdOptions { momentum: 0.0, ..SGD };
+    for (optimizer, moves) in [
+        (Optimizer::AdamW(ADAM), true),
+        (Optimizer::Adam(ADAM), true),
+        (Optimizer::Sgd(SGD), true),
+        (Optimizer::Sgd(plain), false),
+    ] {
+        for stage in [ZeroStage::Zero, ZeroStage::Three] {
+            let options = ZeroOptions { optimizer: optimizer.clone(), ..options(stage, DType::F32) };
+            let after = |momentum: Option<f64>| {
+                common(model().run(2, &options, |zero| {
+                    (0..2).for_each(|step| drop(train_step(zero, step, 1, &unchanged)));
+                    momentum.into_iter().for_each(|momentum| zero.set_momentum(momentum).unwrap());
+                    trace(zero, &[2, 3], 1, &unchanged)
+                }))
+            };
+            let (kept, set) = (after(None).weights, after(Some(0.5)).weights);
+            assert_eq!(kept != set, moves, "{optimizer:?}, stage {stage}");
+            let layouts = model().layouts(2);
+            let mut reference = Reference::new(&layouts, 2, &options);
+            for step in 0..4 {
+                if step == 2 && moves {
+                    reference.set_momentum(0.5);
+                }
+                reference.step(step);
+            }
+            for ((name, values), (_, expected)) in set.iter().zip(reference.weights()) {
+                let near = values.iter().zip(expected).all(|(x, y)| (x - y).abs() <= 2e-6);
+                assert!(near, "{optimizer:?}, {name}, stage {stage}");
+            }
+        }
+    }
+    model().run(1, &options(ZeroStage::One, DType::F32), |zero| {
+        for (momentum, text) in [(1.0, "1"), (-0.1, "-0.1"), (f64::NAN, "NaN")] {
+            let error = zero.set_momentum(momentum).unwrap_err().to_string();
+            assert_eq!(error, format!("`momentum` is `{text}`, expected at least `0` and below `1`"));
+        }
+    });
+}

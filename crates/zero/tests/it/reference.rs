@@ -5,7 +5,7 @@
 
 use shardwise_device::DType;
 use shardwise_plan::{ParamSpec, UnitLayout};
-use shardwise_zero::{GradientOp, LossScaling, Predivide, ZeroOptions};
+use shardwise_zero::{GradientOp, LossScaling, Optimizer, Predivide, ZeroOptions};
 
 use crate::algorithms;
 use crate::harness::{self, LR, rounded};
@@ -102,6 +102,15 @@ impl Reference {
         let microbatches = |rank| self.over_microbatches((0..accum).map(|microbatch| of(microbatch, rank)));
         let total = self.over_ranks(sums, (0..self.world).map(microbatches));
         total.into_iter().map(|x| rounded(x, sums)).collect()
+    }
+
+    /// As `Zero::set_momentum`.
+    pub fn set_momentum(&mut self, momentum: f64) {
+        match &mut self.options.optimizer {
+            Optimizer::AdamW(adam) | Optimizer::Adam(adam) => adam.beta1 = momentum,
+            Optimizer::Sgd(sgd) => sgd.momentum = momentum,
+            other => panic!("{other:?} is not asked for"),
+        }
     }
 
     /// Takes a step and returns the gradient norm.
