@@ -244,7 +244,7 @@ pub fn gather_classes(context: &Context<'_>, x: &Tensor, vocab_size: usize) -> R
         let mut all = own.f_new_empty(size, (own.kind(), own.device()))?;
         tensor.group().all_gather(slice(&own), slice_mut(&mut all))?;
         let parts = all.f_unbind(0)?;
-        Ok(Tensor::f_cat(&parts, -1)?.f_narrow(-1, 0, vocab_size as i64)?)
+        Ok(Tensor::f_cat(&parts, -1)?.f_narrow(-1, 0, vocab_size as i64)?.f_contiguous()?)
     })?)
 }
 
