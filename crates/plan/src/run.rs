@@ -1,12 +1,16 @@
 //! A whole run, planned: from a model's shape and a few numbers to units, memory and traffic.
 
-use serde::Serialize;
+use std::fmt::Display;
+
+use serde::{Serialize, Serializer};
 
 use crate::layout::units_of;
 use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads};
 use crate::mesh::MeshError;
+use crate::pipeline::{PartitionError, ScheduleError, ScheduleKind, StageCut, Stages};
+use crate::tensor::SplitError;
 use crate::traffic::Traffic;
-use crate::zoo::ModelConfig;
+use crate::zoo::{ModelConfig, SequenceParallel};
 use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
@@ -16,6 +20,14 @@ pub struct RunShape {
     pub model: ModelConfig,
     /// The ranks.
     pub mesh: Mesh,
+    /// How the pipeline is filled; `None` without one.
+    #[serde(serialize_with = "optional_text")]
+    pub schedule: Option<ScheduleKind>,
+    /// What is spread evenly over the pipeline stages.
+    #[serde(serialize_with = "text")]
+    pub stage_cut: StageCut,
+    /// Whether tensor-parallel ranks split the tokens between linear layers.
+    pub sequence: SequenceParallel,
     /// How much of the state is sharded.
     pub stage: ZeroStage,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
@@ -51,6 +63,30 @@ pub enum RunShapeError {
     /// The ranks do not divide into axes.
     #[error(transparent)]
     Mesh(#[from] MeshError),
+    /// A parameter that the tensor-parallel ranks cannot split.
+    #[error(transparent)]
+    Split(#[from] SplitError),
+    /// Layers that the pipeline stages cannot share.
+    #[error("`parallel.pipeline` is `{num_stages}`, with `{num_chunks}` chunks of layers each: {source}")]
+    Stages {
+        /// Pipeline stages.
+        num_stages: usize,
+        /// Chunks of layers of each.
+        num_chunks: usize,
+        /// Why not.
+        source: PartitionError,
+    },
+    /// A schedule that the micro-batches do not fill.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Tokens that the tensor-parallel ranks cannot share.
+    #[error("`data.seq_len` is `{seq_len}`, of which `{tensor}` tensor-parallel ranks have no equal shares")]
+    Tokens {
+        /// Tokens of one sample.
+        seq_len: usize,
+        /// Tensor-parallel ranks.
+        tensor: usize,
+    },
     /// Samples are longer than the model's positions.
     #[error("`data.seq_len` is `{seq_len}`, the model has `{max_positions}` positions")]
     TooLong {
@@ -138,6 +174,21 @@ impl RunPlan {
 }
 
 impl RunShape {
+    /// Which layers each pipeline stage holds.
+    ///
+    /// # Errors
+    /// [`RunShapeError::Stages`], or [`RunShapeError::Schedule`] if too few micro-batches go through them.
+    pub fn stages(&self) -> Result<Stages, RunShapeError> {
+        let num_stages = self.mesh.degree(Axis::Pipeline);
+        let num_chunks = self.schedule.map_or(1, ScheduleKind::num_chunks);
+        if let Some(schedule) = self.schedule {
+            schedule.check(num_stages, self.grad_accum_steps)?;
+        }
+        let flops = self.model.forward_flops(self.seq_len);
+        Stages::new(&self.model.layers(), &flops, &self.stage_cut, num_stages, num_chunks)
+            .map_err(|source| RunShapeError::Stages { num_stages, num_chunks, source })
+    }
+
     /// Checks what the model has to say to the rest.
     ///
     /// # Errors
@@ -148,6 +199,12 @@ impl RunShape {
         if self.seq_len > max_positions {
             return Err(RunShapeError::TooLong { seq_len: self.seq_len, max_positions });
         }
+        let tensor = self.mesh.degree(Axis::Tensor);
+        self.model.check_tensor(tensor)?;
+        if self.sequence == SequenceParallel::On && !self.seq_len.is_multiple_of(tensor) {
+            return Err(RunShapeError::Tokens { seq_len: self.seq_len, tensor });
+        }
+        self.stages()?;
         let names = || layers.iter().flat_map(|layer| &layer.params).map(|param| &param.name);
         let lists = [("frozen", &self.frozen), ("no_decay", &self.no_decay), ("groups", &self.grouped)];
         for (list, patterns) in lists {
@@ -169,6 +226,14 @@ impl RunShape {
     }
 }
 
+fn text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn optional_text<S: Serializer>(value: &Option<impl Display>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.as_ref().map(ToString::to_string).serialize(serializer)
+}
+
 /// How often a micro-batch gathers a unit in stage 3: for the forward and the backward pass of every layer that uses it.
 fn num_gathers(layers: &[LayerLoad], unit: usize) -> usize {
     let first = first_trained(layers);
@@ -188,6 +253,9 @@ mod tests {
         RunShape {
             model: ModelConfig::from_json(&json).unwrap(),
             mesh: Mesh::new(num_ranks, 1, 1).unwrap(),
+            schedule: None,
+            stage_cut: StageCut::Parameters,
+            sequence: SequenceParallel::Off,
             stage: ZeroStage::Three,
             compute_bytes: 2,
             precision: "bf16",

@@ -170,6 +170,9 @@ fn same_as_run_plan(
     let shape = RunShape {
         model: ModelConfig::from_json(model).unwrap(),
         mesh: Mesh::new(4, 1, 1).unwrap(),
+        schedule: None,
+        stage_cut: StageCut::Parameters,
+        sequence: SequenceParallel::Off,
         stage,
         compute_bytes: 2,
         precision: "bf16",
