@@ -117,19 +117,32 @@ pub fn units_of(
     num_shards: usize,
     is_frozen: impl Fn(&str) -> bool,
 ) -> Vec<UnitLayout> {
+    units_on_stage(layers, &HashSet::new(), num_shards, is_frozen)
+}
+
+/// Splits the layers of one pipeline stage into units as [`units_of`] does, but for parameters that other stages hold too:
+/// each of those is a unit of its own, after the units of the first layer here that declares it. It is named like the
+/// parameter and the same on every stage, so that its state moves alike there and its gradients can be summed.
+pub fn units_on_stage(
+    layers: &[LayerSpec],
+    shared: &HashSet<String>,
+    num_shards: usize,
+    is_frozen: impl Fn(&str) -> bool,
+) -> Vec<UnitLayout> {
     let mut owned = HashSet::new();
     let mut units = Vec::new();
     for layer in layers {
-        let (frozen, trainable): (Vec<_>, Vec<_>) = layer
-            .params
-            .iter()
-            .filter(|param| owned.insert(param.name.clone()))
-            .cloned()
-            .partition(|param| is_frozen(&param.name));
+        let first_here = layer.params.iter().filter(|param| owned.insert(param.name.clone())).cloned();
+        let (shared, own): (Vec<_>, Vec<_>) = first_here.partition(|param| shared.contains(&param.name));
+        let (frozen, trainable): (Vec<_>, Vec<_>) = own.into_iter().partition(|param| is_frozen(&param.name));
         for (params, is_trainable) in [(trainable, true), (frozen, false)] {
             if !params.is_empty() {
                 units.push(UnitLayout::new(&layer.name, is_trainable, params, num_shards));
             }
+        }
+        for param in shared {
+            let (name, is_trainable) = (param.name.clone(), !is_frozen(&param.name));
+            units.push(UnitLayout::new(&name, is_trainable, vec![param], num_shards));
         }
     }
     units
@@ -156,6 +169,29 @@ mod tests {
         let units = units_of(&[embed, head], 2, |name| name == "head.norm");
         let names: Vec<_> = units.iter().map(|u| (u.name.as_str(), u.trainable, u.numel())).collect();
         assert_eq!(names, [("embed", true, 40), ("head", false, 4)]);
+    }
+
+    #[test]
+    fn a_parameter_of_several_stages_is_the_same_unit_on_each() {
+        let embed = layer("embed", &[("weight", &[10, 4]), ("positions", &[6, 4])]);
+        let mut head = layer("head", &[("norm", &[4])]);
+        head.params.push(ParamSpec { key: "proj".into(), ..embed.params[0].clone() });
+        let shared = HashSet::from(["embed.weight".to_owned()]);
+        for is_frozen in [false, true] {
+            let on_stage = |layer: &LayerSpec| {
+                units_on_stage(std::slice::from_ref(layer), &shared, 2, |name| {
+                    is_frozen && name == "embed.weight"
+                })
+            };
+            let (first, last) = (on_stage(&embed), on_stage(&head));
+            let told = |units: &[UnitLayout]| -> Vec<_> {
+                units.iter().map(|u| (u.name.clone(), u.trainable, u.numel())).collect()
+            };
+            let table = ("embed.weight".to_owned(), !is_frozen, 40);
+            assert_eq!(told(&first), [("embed".to_owned(), true, 24), table.clone()]);
+            assert_eq!(told(&last), [("head".to_owned(), true, 4), table]);
+            assert_eq!(first[1].padded_numel, last[1].padded_numel);
+        }
     }
 
     proptest! {

@@ -8,6 +8,7 @@
 //! | [`mesh`] | which rank is where on the pipeline, data and tensor axes? |
 //! | [`param`] | what parameters does a layer have, and how are they born? |
 //! | [`tensor`] | how is a parameter cut over the ranks of a tensor group? |
+//! | [`local`] | which elements of a cut parameter are which of the whole one? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
 //! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
@@ -24,6 +25,7 @@
 pub mod activations;
 mod bytes;
 pub mod layout;
+pub mod local;
 pub mod memory;
 pub mod mesh;
 pub mod param;
@@ -40,6 +42,7 @@ pub mod zoo;
 pub use activations::{ActivationPolicy, ActivationRules};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
+pub use local::LocalBlock;
 pub use mesh::{Axis, Coordinates, Mesh};
 pub use param::{Init, LayerSpec, ParamSpec};
 pub use pattern::NamePattern;
