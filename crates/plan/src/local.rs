@@ -143,13 +143,13 @@ impl ParamSpec {
         local_range: Range<usize>,
     ) -> Result<impl Iterator<Item = (Range<usize>, Range<usize>)> + use<>, SplitError> {
         // Seen as rows of blocks: what is before the dimension that is cut, the dimension, and what is after it in one number.
-        let (ranges, size) = match (self.joined_ranges(degree, rank)?, self.split) {
-            (Some(ranges), Some(split)) if ranges != [0..self.shape[split.dim]] => {
+        let (ranges, size): (Vec<_>, usize) = match (self.joined_ranges(degree, rank)?, self.split) {
+            (Some(ranges), Some(split)) => {
                 let inner: usize = self.shape[split.dim + 1..].iter().product();
                 let flat = |range: Range<usize>| range.start * inner..range.end * inner;
                 (ranges.into_iter().map(flat).collect(), self.shape[split.dim] * inner)
             }
-            _ => (vec![0..self.numel()], self.numel()),
+            _ => (std::iter::once(0..self.numel()).collect(), self.numel()),
         };
         let local_size: usize = ranges.iter().map(|range| range.len()).sum();
         let Range { start: mut at, end } = local_range;
@@ -178,19 +178,21 @@ impl ParamSpec {
         self.split.map_or(rank > 0, |split| !rank.is_multiple_of(split.num_sharers(degree)))
     }
 
-    /// [`ParamSpec::split_ranges`] with neighbours as one: blocks that are not cut are no blocks.
+    /// [`ParamSpec::split_ranges`] with neighbours as one, as blocks that are not cut are no blocks; `None` if that is the whole
+    /// parameter.
     fn joined_ranges(&self, degree: usize, rank: usize) -> Result<Option<Vec<Range<usize>>>, SplitError> {
-        let ranges = self.split_ranges(degree, rank)?;
-        Ok(ranges.map(|ranges| {
-            let mut joined: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
-            for range in ranges {
-                match joined.last_mut() {
-                    Some(last) if last.end == range.start => last.end = range.end,
-                    _ => joined.push(range),
-                }
+        let (Some(ranges), Some(split)) = (self.split_ranges(degree, rank)?, self.split) else {
+            return Ok(None);
+        };
+        let mut joined: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            match joined.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => joined.push(range),
             }
-            joined
-        }))
+        }
+        let is_whole = joined.len() == 1 && joined[0].len() == self.shape[split.dim];
+        Ok((!is_whole).then_some(joined))
     }
 }
 
