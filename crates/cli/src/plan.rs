@@ -7,11 +7,16 @@ mod schedule;
 mod search;
 mod table;
 
+use std::cmp::Reverse;
+use std::ops::Range;
+
 use anyhow::Context;
 use serde::Serialize;
 use shardwise_monitor::format_count;
 use shardwise_plan::run::{RunPlan, RunShape};
-use shardwise_plan::{Axis, Overlap, UnitLayout};
+use shardwise_plan::traffic::{AxisTraffic, Traffic};
+use shardwise_plan::zoo::SequenceParallel;
+use shardwise_plan::{Axis, Bytes, Overlap, UnitLayout, ZeroStage};
 
 use crate::args::PlanArgs;
 use crate::console::UsageError;
@@ -27,7 +32,8 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<Exit> {
     let text = if let Some(device_memory) = args.search.device_memory {
         let answer = Answer::new(&config, &plan, device_memory, &args.pipeline, &args.search);
         if args.json { pretty(&answer.json())? } else { answer.describe(args.search.top as usize) }
-    } else if let Some(kind) = args.pipeline.schedule {
+    } else if let Some(named) = args.pipeline.schedule {
+        let kind = named.unwrap_or(config.parallel.schedule);
         let timeline = Timeline::new(&plan.shape, config.batch.global_batch_size, kind, &args.pipeline)?;
         if let Some(file) = &args.pipeline.svg {
             let write = std::fs::write(file, timeline.svg());
@@ -58,23 +64,82 @@ fn pretty(value: &impl Serialize) -> serde_json::Result<String> {
 }
 
 fn describe(plan: &RunPlan) -> String {
-    let stage = plan.shape.stage;
+    let zero = plan.shape.stage;
+    let fullest = plan.fullest();
     let mut text = headlines(plan);
     let groups = groups::describe(&plan.shape.mesh);
     text += &if groups.is_empty() { groups } else { format!("\n{groups}") };
-    text += &format!("\n{}\n", unit_table(&plan.units));
-    text += &format!("memory of each rank, ZeRO stage {stage}\n{}\n", indented(plan.memory()));
+    // With one pipeline stage there is nothing to tell apart.
+    let of_stage = match plan.stages.len() {
+        1 => String::new(),
+        _ => {
+            text += &format!(
+                "\npipeline stages, fullest first: what a rank holds and sends\n{}",
+                stages_table(plan)
+            );
+            format!(" of stage {}", fullest.stage)
+        }
+    };
+    text += &format!("\n{}\n", unit_table(&fullest.units));
+    text += &format!("memory of each rank{of_stage}, ZeRO stage {zero}\n{}\n", indented(plan.memory()));
     text += "\npeak in the other stages\n";
-    for memory in plan.memory.iter().filter(|memory| memory.stage != stage) {
-        text += &format!("  stage {:<18}{:>10}\n", u8::from(memory.stage), memory.peak);
+    for other in ZeroStage::ALL.into_iter().filter(|other| *other != zero) {
+        let peak = plan.stages.iter().map(|plan| plan.memory_in(other).peak).max().unwrap_or_default();
+        text += &format!("  stage {:<18}{peak:>10}\n", u8::from(other));
     }
-    let traffic = &plan.traffic;
-    text += &format!(
-        "\nsent by each rank in a step\n  {} elements, {}\n",
-        format_count(traffic.elements as u64),
-        traffic.bytes
-    );
-    text
+    text + "\n" + &sent(plan)
+}
+
+fn sent(plan: &RunPlan) -> String {
+    let AxisTraffic { pipeline, data, tensor } = plan.traffic();
+    let degree = |axis| plan.shape.mesh.degree(axis);
+    if degree(Axis::Pipeline) * degree(Axis::Tensor) == 1 {
+        let Traffic { elements, bytes } = plan.fullest().data_traffic;
+        return format!(
+            "sent by each rank in a step\n  {} elements, {bytes}\n",
+            format_count(elements as u64)
+        );
+    }
+    let axes = [("pipeline", pipeline), ("data", data), ("tensor", tensor)];
+    let line = |(axis, bytes): (&str, Bytes)| format!("  {axis:<24}{bytes:>10}\n");
+    let lines: String = axes.into_iter().filter(|(_, bytes)| *bytes > Bytes(0)).map(line).collect();
+    format!(
+        "sent in a step along each axis, by its busiest rank\n{lines}  {:<24}{:>10}\n",
+        "the busiest rank in all",
+        plan.busiest()
+    )
+}
+
+/// One line for each pipeline stage. The first tensor-parallel rank of a stage stands for all of its ranks.
+fn stages_table(plan: &RunPlan) -> String {
+    let layers = plan.shape.model.layers();
+    let chunk = |range: &Range<usize>| match range.len() {
+        1 => layers[range.start].name.clone(),
+        _ => format!("{} .. {}", layers[range.start].name, layers[range.end - 1].name),
+    };
+    let headings =
+        ["  stage", "ranks", "layers", "parameters", "alive", "peak", "pipeline", "data", "tensor"];
+    let mut rows = vec![headings.map(str::to_owned).to_vec()];
+    let mut stages: Vec<_> = plan.stages.iter().collect();
+    stages.sort_by_key(|stage| (Reverse(stage.memory_in(plan.shape.stage).peak), stage.stage));
+    for stage in stages {
+        let ranks = match stage.ranks.len() {
+            1 => stage.ranks.start.to_string(),
+            _ => format!("{} .. {}", stage.ranks.start, stage.ranks.end - 1),
+        };
+        rows.push(vec![
+            format!("  {}", stage.stage),
+            ranks,
+            stage.layers.iter().map(chunk).collect::<Vec<_>>().join(", "),
+            format_count(stage.num_params() as u64),
+            stage.alive.to_string(),
+            stage.memory_in(plan.shape.stage).peak.to_string(),
+            stage.traffic.pipeline.to_string(),
+            stage.traffic.data.to_string(),
+            stage.traffic.tensor.to_string(),
+        ]);
+    }
+    table::table(&rows, 3)
 }
 
 fn headlines(plan: &RunPlan) -> String {
@@ -89,7 +154,7 @@ fn headlines(plan: &RunPlan) -> String {
         Overlap::Inline => "in turn with computation",
         Overlap::SideThread => "beside computation",
     };
-    format!(
+    let mut text = format!(
         "model  {}, {} parameters{trained}\n\
          ranks  {} = pipeline {pipeline} x data {data} x tensor {tensor}\n\
          step   {} tokens = {data} replicas x {grad_accum_steps} micro-batches x {micro_batch} samples x {seq_len}\n\
@@ -98,7 +163,14 @@ fn headlines(plan: &RunPlan) -> String {
         format_count(plan.num_params as u64),
         mesh.world_size(),
         format_count(plan.step_tokens as u64),
-    )
+    );
+    if let Some(schedule) = plan.shape.schedule {
+        text += &format!("pipe   {schedule}, stages cut by {}\n", plan.shape.stage_cut);
+    }
+    if plan.shape.sequence == SequenceParallel::On {
+        text += "tensor tokens are split between linear layers\n";
+    }
+    text
 }
 
 /// One line for each unit, or for a run of units that differ in their number only.

@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::Context;
 use shardwise_config::NoteKind;
 use shardwise_monitor::{Event, Progress};
+use shardwise_plan::Axis;
 
 use crate::Exit;
 use crate::args::{RunArgs, TrainArgs};
@@ -37,12 +38,11 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
     std::fs::write(&effective, format!("{:#}\n", loaded.effective().to_json()))
         .with_context(|| format!("could not write `{}`", effective.display()))?;
 
-    let num_ranks = args.run.ranks as usize;
     let run_id = random_id()?;
     let launch = Launch {
         worker,
         args: worker_args(&args.run, args.eval.as_deref(), &args.resume, &folder),
-        num_ranks,
+        mesh: config.parallel.mesh(),
         threads_per_rank: config.threads(None, num_cores()),
         master_port: free_port(&run_id),
         run_id,
@@ -92,15 +92,21 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<Exit> {
 }
 
 fn print_failure(failure: &Failure, launch: &Launch) {
-    console::print_error(&failure.message(), failure.hint().as_deref());
-    console::print_stderr(&report::details(failure, &launch.run, launch.num_ranks));
+    console::print_error(&failure.message(&launch.mesh), failure.hint().as_deref());
+    console::print_stderr(&report::details(failure, &launch.run, launch.num_ranks()));
 }
 
 fn headline(launch: &Launch, steps: u64) -> String {
+    let [pipeline, data, tensor] =
+        [Axis::Pipeline, Axis::Data, Axis::Tensor].map(|axis| launch.mesh.degree(axis));
+    let mesh = match pipeline * tensor {
+        1 => String::new(),
+        _ => format!(" (pipeline {pipeline} x data {data} x tensor {tensor})"),
+    };
     format!(
-        "training into `{}`: {} with {} each, {}",
+        "training into `{}`: {}{mesh} with {} each, {}",
         launch.run.path().display(),
-        plural(launch.num_ranks, "rank", "ranks"),
+        plural(launch.num_ranks(), "rank", "ranks"),
         plural(launch.threads_per_rank, "thread", "threads"),
         plural(steps as usize, "step", "steps"),
     )

@@ -59,9 +59,13 @@ fn json_has_it_all() {
     let output = plan(RUN, &["-n", "4", "--json", "--set", "deepspeed.zero_optimization.stage=3"]);
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((json["stage"].as_u64(), json["num_params"].as_u64()), (Some(3), Some(34_087_424)));
-    assert_eq!(json["units"].as_array().unwrap().len(), 10);
-    assert_eq!(json["units"][1]["slots"][1]["param"]["name"], "model.layers.0.self_attn.q_proj.weight");
-    let peaks: Vec<u64> = (0..4).map(|stage| json["memory"][stage]["peak"].as_u64().unwrap()).collect();
+    assert_eq!(json["stages"][0]["units"].as_array().unwrap().len(), 10);
+    assert_eq!(
+        json["stages"][0]["units"][1]["slots"][1]["param"]["name"],
+        "model.layers.0.self_attn.q_proj.weight"
+    );
+    let peaks: Vec<u64> =
+        (0..4).map(|stage| json["stages"][0]["memory"][stage]["peak"].as_u64().unwrap()).collect();
     assert!(peaks.is_sorted_by(|a, b| a > b), "{peaks:?}");
     let kinds = [
         "params",
@@ -73,10 +77,11 @@ fn json_has_it_all() {
         "activations",
         "layer_grads",
         "temporaries",
+        "messages",
         "staging",
         "runtime",
     ];
-    let sum: u64 = kinds.iter().map(|kind| json["memory"][3][kind].as_u64().unwrap()).sum();
+    let sum: u64 = kinds.iter().map(|kind| json["stages"][0]["memory"][3][kind].as_u64().unwrap()).sum();
     assert_eq!(sum, peaks[3]);
 }
 
@@ -128,8 +133,8 @@ fn a_schedule_is_drawn_as_text_and_as_an_image() {
     for line in [
         "  pipeline  [0 2] [1 3]",
         "  data      [0 1] [2 3]",
-        "0      model.embed_tokens .. model.layers.4  20,255,744       54.0%      2",
-        "1      model.layers.5 .. lm_head             13,831,680       46.0%      1",
+        "0      model.embed_tokens .. model.layers.3  17,043,456       43.2%      2",
+        "1      model.layers.4 .. lm_head             17,043,968       56.8%      1",
         "stage 0   F0 F1 .  .  B0 -- F2 B1 -- F3 B2 -- .  B3 --",
         "stage 1   .  F0 B0 -- F1 B1 -- F2 B2 -- F3 B3 -- .  .",
     ] {
@@ -137,6 +142,37 @@ fn a_schedule_is_drawn_as_text_and_as_an_image() {
     }
     let drawn = std::fs::read_to_string(image).unwrap();
     assert!(drawn.starts_with("<svg ") && drawn.contains("1f1b: 2 stages, 4 micro-batches, bubble 20.0%"));
+}
+
+#[test]
+fn a_mesh_is_shown_stage_by_stage_with_its_groups() {
+    let mesh = r#"parallel={"pipeline": 2, "tensor": 2, "schedule": "zero-bubble", "stages": "time", "sequence": true}"#;
+    let sets = ["-n", "8", "--set", mesh, "--set", "model.config.tie_word_embeddings=true"];
+    let shown = text(&plan(RUN, &sets).stdout);
+    for line in [
+        "ranks  8 = pipeline 2 x data 2 x tensor 2",
+        "step   4,096 tokens = 2 replicas x 2 micro-batches x 4 samples x 256",
+        "pipe   zero-bubble, stages cut by time",
+        "tensor tokens are split between linear layers",
+        "  pipeline  [0 4] [1 5] [2 6] [3 7]",
+        "  data      [0 2] [1 3] [4 6] [5 7]",
+        "  tensor    [0 1] [2 3] [4 5] [6 7]",
+        // Both stages have the table, in a unit of its own: half of it on each of two tensor-parallel ranks.
+        "model.embed_tokens.weight             1   2,097,152  2,097,152  1,048,576",
+        "memory of each rank of stage 0, ZeRO stage 2",
+        "sent in a step along each axis, by its busiest rank",
+    ] {
+        assert!(shown.lines().any(|shown| shown == line), "no line `{line}` in\n{shown}");
+    }
+    let stages: Vec<_> = shown.lines().filter(|line| line.contains(" .. ") && line.contains("MiB")).collect();
+    assert!(stages[0].starts_with("  0      0 .. 3  model.embed_tokens .. model.layers.4  "), "{shown}");
+    assert!(stages[1].starts_with("  1      4 .. 7  model.layers.5 .. lm_head             "), "{shown}");
+    // What the run file says is what the timeline shows, and what is tried.
+    let drawn = text(&plan(RUN, &[&sets[..], &["--schedule"]].concat()).stdout);
+    assert_eq!(after(&drawn, "schedule"), "zero-bubble, 2 stages, 2 micro-batches");
+    let json: Value = serde_json::from_slice(&plan(RUN, &[&sets[..], &["--json"]].concat()).stdout).unwrap();
+    assert_eq!((&json["schedule"], &json["stage_cut"]), (&"zero-bubble".into(), &"time".into()));
+    assert_eq!(json["stages"][1]["layers"], serde_json::json!([{"start": 6, "end": 10}]));
 }
 
 #[test]

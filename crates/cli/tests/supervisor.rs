@@ -283,6 +283,21 @@ fn a_stalled_rank_leaves_the_word_to_who_noticed() {
 }
 
 #[test]
+fn the_rank_at_fault_is_told_with_its_place_on_the_mesh() {
+    let bench = Bench::new();
+    let run = RUN_FILE.replacen('{', "{\"parallel\": {\"pipeline\": 2, \"tensor\": 2},", 1);
+    std::fs::write(bench.path("run.json"), run).unwrap();
+    let body = "begin 2; [ $rank = 3 ] && kill -9 $$; hang";
+    bench.train(4, body).end().expect(
+        1,
+        &[
+            "4 ranks (pipeline 2 x data 1 x tensor 2)",
+            "error: rank 3 (pipeline stage 1, data 0, tensor 1) was killed by signal 9 (SIGKILL) in step 2\n",
+        ],
+    );
+}
+
+#[test]
 fn a_configuration_that_a_rank_refuses_is_code_2() {
     let body = r#"[ $rank = 1 ] && sleep 0.2; fail "no such model" 2"#;
     let ended = Bench::new().train(2, body).end().expect(2, &["error: no such model\n"]);

@@ -35,5 +35,7 @@ pub use load::Loaded;
 pub use planning::ModelDescription;
 pub use run_config::*;
 pub use schedule::{LrSchedule, MomentumCycle, Rise, WarmupCurve};
+pub use shardwise_plan::pipeline::{ScheduleKind, StageCut};
+pub use shardwise_plan::zoo::SequenceParallel;
 pub use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, Overlap, ZeroStage};
 pub use value::{Origin, SourceFile};

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
+use shardwise_plan::Overlap;
 use shardwise_plan::run::{RunPlan, RunShape, RunShapeError};
 use shardwise_plan::zoo::{self, ModelConfigError};
-use shardwise_plan::{Mesh, Overlap};
 
 use crate::error::{ConfigError, ConfigErrors};
 use crate::run_config::{CommOverlap, DataSource, ModelSource, RunConfig, TokenizerSource};
@@ -38,16 +38,19 @@ impl RunConfig {
         RunPlan::new(self.shape(model, num_cores)?).map_err(misfit)
     }
 
-    /// What a plan and an engine take of the configuration, checked against the model.
+    /// What a plan and an engine take of the configuration, checked against the model: whether its parameters divide among the
+    /// tensor-parallel ranks and its layers among the pipeline stages, whether samples fit its positions and patterns its names.
     ///
     /// # Errors
     /// What the model cannot do.
     pub fn shape(&self, model: zoo::ModelConfig, num_cores: usize) -> Result<RunShape, ConfigErrors> {
         let parallel = &self.parallel;
-        let mesh = Mesh::new(parallel.world_size, parallel.pipeline, parallel.tensor);
         let shape = RunShape {
             model,
-            mesh: mesh.map_err(|error| misfit(error.into()))?,
+            mesh: parallel.mesh(),
+            schedule: (parallel.pipeline > 1).then_some(parallel.schedule),
+            stage_cut: parallel.stage_cut.clone(),
+            sequence: parallel.sequence,
             stage: self.zero.stage,
             compute_bytes: self.precision.float_type().size_bytes(),
             precision: self.precision.name(),
@@ -105,7 +108,7 @@ impl RunConfig {
         match self.zero.overlap_comm {
             CommOverlap::Blocking => Overlap::Inline,
             CommOverlap::Overlapped => Overlap::SideThread,
-            CommOverlap::Automatic if num_ranks > 1 && num_cores >= num_ranks * (threads + 1) => {
+            CommOverlap::Automatic if self.parallel.data > 1 && num_cores >= num_ranks * (threads + 1) => {
                 Overlap::SideThread
             }
             CommOverlap::Automatic => Overlap::Inline,
@@ -150,6 +153,17 @@ impl ConfigError {
         match error {
             RunShapeError::TooLong { .. } => {
                 Some("shorten the samples, or raise the model's number of positions".to_owned())
+            }
+            RunShapeError::Split(_) => Some("choose another `parallel.tensor`".to_owned()),
+            RunShapeError::Stages { .. } => Some(
+                "lower `parallel.pipeline` or the chunks of `parallel.schedule`, or cut by another measure with `parallel.stages`"
+                    .to_owned(),
+            ),
+            RunShapeError::Schedule(_) => {
+                Some("raise `deepspeed.gradient_accumulation_steps`, or change `parallel.schedule`".to_owned())
+            }
+            RunShapeError::Tokens { tensor, .. } => {
+                Some(format!("make it a multiple of `{tensor}`, or leave `parallel.sequence` out"))
             }
             RunShapeError::PatternMatchesNothing { .. } => Some(
                 "`*` stands for any run of characters; `shardwise plan --json` shows all names".to_owned(),

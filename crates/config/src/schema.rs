@@ -7,6 +7,9 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use shardwise_plan::NamePattern;
+use shardwise_plan::pipeline::{ScheduleKind, StageCut};
+
 use crate::keys;
 use crate::value::join;
 
@@ -40,6 +43,14 @@ pub(crate) enum Kind {
     TextOrTexts,
     /// The two decay rates of Adam.
     Betas,
+    /// A whole number in a range, or `"auto"`.
+    IntOrAuto(i64, i64),
+    /// The name of a pipeline schedule.
+    Schedule,
+    /// How layers are cut into pipeline stages.
+    StageCut,
+    /// The same in DeepSpeed's words.
+    Partition,
     /// An object whose members have rows of their own.
     Group,
     TextOrGroup,
@@ -93,7 +104,7 @@ impl Key {
         };
         listed
             || matches!(self.kind, Kind::Choice(words) if words.contains(&"auto"))
-            || self.kind == Kind::Any
+            || matches!(self.kind, Kind::IntOrAuto(..) | Kind::Any)
     }
 }
 
@@ -104,6 +115,7 @@ impl Kind {
             Kind::Bool => "`true` or `false`".to_string(),
             Kind::Int(min, i64::MAX) => format!("a whole number of at least {min}"),
             Kind::Int(min, max) => format!("a whole number from {min} to {max}"),
+            Kind::IntOrAuto(min, max) => format!("a whole number from {min} to {max} or `\"auto\"`"),
             Kind::AtLeast(min) => format!("a number of at least {min}"),
             Kind::Above(f64::NEG_INFINITY) => "a number".to_string(),
             Kind::Above(min) => format!("a number above {min}"),
@@ -113,12 +125,37 @@ impl Kind {
             Kind::Choice(words) => one_of(&quoted(words)),
             Kind::Texts => "a list of texts".to_string(),
             Kind::TextOrTexts => "text or a list of texts".to_string(),
+            Kind::Schedule => {
+                "`gpipe`, `1f1b`, `interleaved`, `interleaved:CHUNKS` or `zero-bubble`".to_string()
+            }
+            Kind::StageCut => "`parameters`, `time`, `uniform` or `pattern:NAMES`".to_string(),
+            Kind::Partition => "`parameters`, `uniform`, `best` or `type:NAME`".to_string(),
             Kind::Betas => "two numbers of at least 0 and below 1".to_string(),
             Kind::Groups => "a list of objects".to_string(),
             Kind::Group | Kind::Object => "an object".to_string(),
             Kind::TextOrGroup => "text or an object".to_string(),
             Kind::Any => "any value".to_string(),
         }
+    }
+}
+
+/// A pipeline schedule by its name.
+pub(crate) fn schedule_kind(text: &str) -> Option<ScheduleKind> {
+    text.to_ascii_lowercase().parse().ok()
+}
+
+/// What DeepSpeed's word for a cut means; `None` within for `best`, which leaves it open: DeepSpeed reads it nowhere, and its
+/// module's own default holds.
+pub(crate) fn partition(text: &str) -> Option<Option<StageCut>> {
+    match text.to_ascii_lowercase().as_str() {
+        "best" => Some(None),
+        "parameters" => Some(Some(StageCut::Parameters)),
+        "uniform" => Some(Some(StageCut::Uniform)),
+        lower if lower.starts_with("type:") => {
+            let name = &text["type:".len()..];
+            Some(Some(StageCut::Pattern(NamePattern::new(format!("*{name}*")))))
+        }
+        _ => None,
     }
 }
 

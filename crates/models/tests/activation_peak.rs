@@ -16,8 +16,9 @@ use shardwise_device::DType;
 use shardwise_engine::{Batch, Engine, EngineOptions, RandomInit};
 use shardwise_kernels::Threads;
 use shardwise_models::build;
+use shardwise_plan::pipeline::StageCut;
 use shardwise_plan::run::{RunPlan, RunShape};
-use shardwise_plan::zoo::ModelConfig;
+use shardwise_plan::zoo::{ModelConfig, SequenceParallel};
 use shardwise_plan::{ActivationPolicy, ActivationRules, Mesh, NamePattern, Overlap, ZeroStage};
 use shardwise_torch::{Device, Kind, Tensor, memory, set_num_threads};
 use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, StatePrecision, ZeroOptions};
@@ -56,6 +57,9 @@ fn measure(case: &Case) -> (f64, f64, f64) {
     let shape = RunShape {
         model: model.clone(),
         mesh: Mesh::new(1, 1, 1).unwrap(),
+        schedule: None,
+        stage_cut: StageCut::Parameters,
+        sequence: SequenceParallel::Off,
         stage: ZeroStage::Zero,
         compute_bytes: case.compute.size_bytes(),
         precision: if case.compute == DType::F32 { "fp32" } else { "bf16" },

@@ -16,6 +16,7 @@
 //! | [`activations`] | what becomes of a layer's activations until its backward? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
+//! | [`share`] | what does one rank of a mesh hold and send? |
 //! | [`run`] | all of that for one run |
 //! | [`planner`] | which layout of many ranks fits their memory, and which is fastest? |
 //! | [`zoo`] | what layers does a Hugging Face `config.json` describe? |
@@ -34,6 +35,7 @@ pub mod pipeline;
 pub mod planner;
 pub mod run;
 pub mod schedule;
+pub mod share;
 mod stage;
 pub mod tensor;
 pub mod traffic;

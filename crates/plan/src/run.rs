@@ -1,13 +1,19 @@
 //! A whole run, planned: from a model's shape and a few numbers to units, memory and traffic.
 
-use serde::Serialize;
+use std::fmt::Display;
+use std::ops::Range;
+
+use serde::{Serialize, Serializer};
 
 use crate::layout::units_of;
-use crate::memory::{LayerLoad, MemoryPlan, Workload, first_trained, layer_loads};
+use crate::memory::{MemoryPlan, StateWidths};
 use crate::mesh::MeshError;
-use crate::traffic::Traffic;
-use crate::zoo::ModelConfig;
-use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
+use crate::pipeline::{PartitionError, ScheduleError, ScheduleKind, StageCut, Stages};
+use crate::share::{Share, Step};
+use crate::tensor::SplitError;
+use crate::traffic::{AxisTraffic, Traffic};
+use crate::zoo::{ModelConfig, SequenceParallel};
+use crate::{ActivationRules, Axis, Bytes, Mesh, NamePattern, Overlap, UnitLayout, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -16,6 +22,14 @@ pub struct RunShape {
     pub model: ModelConfig,
     /// The ranks.
     pub mesh: Mesh,
+    /// How the pipeline is filled; `None` without one.
+    #[serde(serialize_with = "optional_text")]
+    pub schedule: Option<ScheduleKind>,
+    /// What is spread evenly over the pipeline stages.
+    #[serde(serialize_with = "text")]
+    pub stage_cut: StageCut,
+    /// Whether tensor-parallel ranks split the tokens between linear layers.
+    pub sequence: SequenceParallel,
     /// How much of the state is sharded.
     pub stage: ZeroStage,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
@@ -51,6 +65,30 @@ pub enum RunShapeError {
     /// The ranks do not divide into axes.
     #[error(transparent)]
     Mesh(#[from] MeshError),
+    /// A parameter that the tensor-parallel ranks cannot split.
+    #[error(transparent)]
+    Split(#[from] SplitError),
+    /// Layers that the pipeline stages cannot share.
+    #[error("`parallel.pipeline` is `{num_stages}`, with `{num_chunks}` chunks of layers each: {source}")]
+    Stages {
+        /// Pipeline stages.
+        num_stages: usize,
+        /// Chunks of layers of each.
+        num_chunks: usize,
+        /// Why not.
+        source: PartitionError,
+    },
+    /// A schedule that the micro-batches do not fill.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Tokens that the tensor-parallel ranks cannot share.
+    #[error("`data.seq_len` is `{seq_len}`, of which `{tensor}` tensor-parallel ranks have no equal shares")]
+    Tokens {
+        /// Tokens of one sample.
+        seq_len: usize,
+        /// Tensor-parallel ranks.
+        tensor: usize,
+    },
     /// Samples are longer than the model's positions.
     #[error("`data.seq_len` is `{seq_len}`, the model has `{max_positions}` positions")]
     TooLong {
@@ -77,24 +115,41 @@ pub enum RunShapeError {
     },
 }
 
-/// What a run will be like, on each of its ranks.
+/// What a run will be like.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunPlan {
     /// What it was made from.
     #[serde(flatten)]
     pub shape: RunShape,
-    /// Units, in order.
-    pub units: Vec<UnitLayout>,
-    /// Memory of each rank in the stages 0 to 3.
-    pub memory: [MemoryPlan; 4],
-    /// What each rank sends in a step.
-    pub traffic: Traffic,
+    /// The ranks of each pipeline stage, in order; one where there is no pipeline.
+    pub stages: Vec<StagePlan>,
     /// Tokens of one step, of all ranks.
     pub step_tokens: usize,
     /// Elements of all parameters, each counted once.
     pub num_params: usize,
     /// Elements of the parameters that are trained.
     pub num_trained: usize,
+}
+
+/// What a run will be like on the ranks of one pipeline stage.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StagePlan {
+    /// The stage.
+    pub stage: usize,
+    /// Its ranks.
+    pub ranks: Range<usize>,
+    /// Its layers, by their index in the model: a range for each chunk.
+    pub layers: Vec<Range<usize>>,
+    /// Units of its first tensor-parallel rank, in order. The others have no more.
+    pub units: Vec<UnitLayout>,
+    /// The most chunk-wise micro-batches whose activations are kept.
+    pub alive: usize,
+    /// Memory of that rank in the ZeRO stages 0 to 3.
+    pub memory: [MemoryPlan; 4],
+    /// What it sends in a step.
+    pub traffic: AxisTraffic,
+    /// What of that goes along the data axis, in elements too.
+    pub data_traffic: Traffic,
 }
 
 impl RunPlan {
@@ -105,39 +160,107 @@ impl RunPlan {
     pub fn new(shape: RunShape) -> Result<Self, RunShapeError> {
         shape.check()?;
         let specs = shape.model.layers();
-        let num_ranks = shape.mesh.degree(Axis::Data);
         let is_frozen = |name: &str| shape.frozen.iter().any(|pattern| pattern.matches(name));
-        let units = units_of(&specs, num_ranks, is_frozen);
-        let activations = shape.model.activations(shape.micro_batch, shape.seq_len, shape.compute_bytes);
-        let layers = layer_loads(&specs, &units, &activations, &shape.activations);
-        let load = Workload {
-            units: &units,
-            layers: &layers,
-            num_ranks,
+        let [num_replicas, tensor] = [Axis::Data, Axis::Tensor].map(|axis| shape.mesh.degree(axis));
+        let local = specs.iter().map(|layer| layer.local(tensor, 0)).collect::<Result<Vec<_>, _>>()?;
+        let stages = shape.stages()?;
+        let shares = Share::all(&local, &stages, shape.mesh, shape.sequence, is_frozen);
+        let activations = shape.model.activations_on(
+            tensor,
+            shape.sequence,
+            shape.micro_batch,
+            shape.seq_len,
+            shape.compute_bytes,
+        );
+        let step = Step {
+            mesh: shape.mesh,
+            stages: &stages,
+            schedule: shape.schedule,
+            zero: shape.stage,
+            sequence: shape.sequence,
+            hidden_size: shape.model.hidden_size(),
+            activations: &activations,
+            policies: &shape.activations.policies(specs.iter().map(|layer| layer.name.as_str())),
             compute_bytes: shape.compute_bytes,
-            optimizer_bytes: shape.optimizer_bytes,
-            grad_bytes: shape.grad_bytes,
+            widths: StateWidths::new(shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes),
             microbatch_tokens: shape.micro_batch * shape.seq_len,
-            grad_accum_steps: shape.grad_accum_steps,
+            num_microbatches: shape.grad_accum_steps,
             overlap: shape.overlap,
         };
-        let memory = ZeroStage::ALL.map(|stage| MemoryPlan::new(&load, stage));
-        let num_gathers = |unit| num_gathers(&layers, unit);
-        let traffic =
-            Traffic::new(&units, shape.stage, shape.grad_accum_steps, shape.compute_bytes, num_gathers);
-        let step_tokens = num_ranks * shape.grad_accum_steps * load.microbatch_tokens;
-        let num_params = units.iter().map(UnitLayout::numel).sum();
-        let num_trained = units.iter().filter(|unit| unit.trainable).map(UnitLayout::numel).sum();
-        Ok(RunPlan { shape, units, memory, traffic, step_tokens, num_params, num_trained })
+        let planned = shares.into_iter().map(|share| StagePlan::new(share, &step)).collect();
+        let step_tokens = num_replicas * shape.grad_accum_steps * step.microbatch_tokens;
+        let whole = units_of(&specs, 1, is_frozen);
+        let num_params = whole.iter().map(UnitLayout::numel).sum();
+        let num_trained = whole.iter().filter(|unit| unit.trainable).map(UnitLayout::numel).sum();
+        Ok(RunPlan { shape, stages: planned, step_tokens, num_params, num_trained })
     }
 
-    /// Memory of each rank in the run's own stage.
+    /// The pipeline stage whose ranks need most memory.
+    pub fn fullest(&self) -> &StagePlan {
+        let peak = |plan: &&StagePlan| (plan.memory_in(self.shape.stage).peak, std::cmp::Reverse(plan.stage));
+        self.stages.iter().max_by_key(peak).expect("there is a stage")
+    }
+
+    /// Memory of a rank of the fullest stage in the run's own stage of ZeRO.
     pub fn memory(&self) -> &MemoryPlan {
-        &self.memory[usize::from(u8::from(self.shape.stage))]
+        self.fullest().memory_in(self.shape.stage)
+    }
+
+    /// What the busiest rank sends in a step, all axes together.
+    pub fn busiest(&self) -> Bytes {
+        self.stages.iter().map(|plan| plan.traffic.total()).max().unwrap_or_default()
+    }
+
+    /// The most that any rank sends in a step along each axis.
+    pub fn traffic(&self) -> AxisTraffic {
+        self.stages.iter().fold(AxisTraffic::default(), |most, plan| most.max(plan.traffic))
+    }
+}
+
+impl StagePlan {
+    fn new(share: Share, step: &Step<'_>) -> Self {
+        let stage = share.stage;
+        let num_ranks = step.mesh.world_size() / step.stages.num_stages();
+        let layers = step.stages.parts().iter().skip(stage).step_by(step.stages.num_stages()).cloned();
+        StagePlan {
+            stage,
+            ranks: stage * num_ranks..(stage + 1) * num_ranks,
+            layers: layers.collect(),
+            alive: step.alive(stage),
+            memory: ZeroStage::ALL.map(|zero| step.memory(&share, zero)),
+            traffic: step.traffic(&share),
+            data_traffic: step.data_traffic(&share),
+            units: share.units,
+        }
+    }
+
+    /// Memory of a rank in a stage of ZeRO.
+    pub fn memory_in(&self, zero: ZeroStage) -> &MemoryPlan {
+        &self.memory[usize::from(u8::from(zero))]
+    }
+
+    /// Elements of its parameters.
+    pub fn num_params(&self) -> usize {
+        self.units.iter().map(UnitLayout::numel).sum()
     }
 }
 
 impl RunShape {
+    /// Which layers each pipeline stage holds.
+    ///
+    /// # Errors
+    /// [`RunShapeError::Stages`], or [`RunShapeError::Schedule`] if too few micro-batches go through them.
+    pub fn stages(&self) -> Result<Stages, RunShapeError> {
+        let num_stages = self.mesh.degree(Axis::Pipeline);
+        let num_chunks = self.schedule.map_or(1, ScheduleKind::num_chunks);
+        if let Some(schedule) = self.schedule {
+            schedule.check(num_stages, self.grad_accum_steps)?;
+        }
+        let flops = self.model.forward_flops(self.seq_len);
+        Stages::new(&self.model.layers(), &flops, &self.stage_cut, num_stages, num_chunks)
+            .map_err(|source| RunShapeError::Stages { num_stages, num_chunks, source })
+    }
+
     /// Checks what the model has to say to the rest.
     ///
     /// # Errors
@@ -148,6 +271,12 @@ impl RunShape {
         if self.seq_len > max_positions {
             return Err(RunShapeError::TooLong { seq_len: self.seq_len, max_positions });
         }
+        let tensor = self.mesh.degree(Axis::Tensor);
+        self.model.check_tensor(tensor)?;
+        if self.sequence == SequenceParallel::On && !self.seq_len.is_multiple_of(tensor) {
+            return Err(RunShapeError::Tokens { seq_len: self.seq_len, tensor });
+        }
+        self.stages()?;
         let names = || layers.iter().flat_map(|layer| &layer.params).map(|param| &param.name);
         let lists = [("frozen", &self.frozen), ("no_decay", &self.no_decay), ("groups", &self.grouped)];
         for (list, patterns) in lists {
@@ -169,11 +298,12 @@ impl RunShape {
     }
 }
 
-/// How often a micro-batch gathers a unit in stage 3: for the forward and the backward pass of every layer that uses it.
-fn num_gathers(layers: &[LayerLoad], unit: usize) -> usize {
-    let first = first_trained(layers);
-    let uses = layers.iter().enumerate().filter(|(_, layer)| layer.units.contains(&unit));
-    uses.map(|(i, _)| if i < first { 1 } else { 2 }).sum()
+fn text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn optional_text<S: Serializer>(value: &Option<impl Display>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.as_ref().map(ToString::to_string).serialize(serializer)
 }
 
 #[cfg(test)]
@@ -188,6 +318,9 @@ mod tests {
         RunShape {
             model: ModelConfig::from_json(&json).unwrap(),
             mesh: Mesh::new(num_ranks, 1, 1).unwrap(),
+            schedule: None,
+            stage_cut: StageCut::Parameters,
+            sequence: SequenceParallel::Off,
             stage: ZeroStage::Three,
             compute_bytes: 2,
             precision: "bf16",
@@ -210,17 +343,17 @@ mod tests {
         assert_eq!(plan.step_tokens, 2 * 3 * 4 * 16);
         assert_eq!(plan.num_params, plan.num_trained);
         assert_eq!(plan.memory().stage, ZeroStage::Three);
-        let padded: usize = plan.units.iter().map(|unit| unit.padded_numel).sum();
+        let padded: usize = plan.stages[0].units.iter().map(|unit| unit.padded_numel).sum();
         // Each micro-batch: two gathers and a reduction of everything.
-        assert_eq!(plan.traffic.elements, 3 * 3 * padded / 2);
+        assert_eq!(plan.stages[0].data_traffic.elements, 3 * 3 * padded / 2);
     }
 
     #[test]
     fn a_tied_table_is_gathered_for_both_of_its_layers() {
         let tied = RunPlan::new(shape(2, true)).unwrap();
-        let table = tied.units[0].padded_numel;
-        let padded: usize = tied.units.iter().map(|unit| unit.padded_numel).sum();
-        assert_eq!(tied.traffic.elements, 3 * (3 * padded + 2 * table) / 2);
+        let table = tied.stages[0].units[0].padded_numel;
+        let padded: usize = tied.stages[0].units.iter().map(|unit| unit.padded_numel).sum();
+        assert_eq!(tied.stages[0].data_traffic.elements, 3 * (3 * padded + 2 * table) / 2);
     }
 
     #[test]
@@ -229,13 +362,17 @@ mod tests {
         shape.frozen = vec![NamePattern::new("model.*")];
         let plan = RunPlan::new(shape).unwrap();
         let half = |trainable: bool| -> usize {
-            let units = plan.units.iter().filter(|unit| unit.trainable == trainable);
+            let units = plan.stages[0].units.iter().filter(|unit| unit.trainable == trainable);
             units.map(|unit| unit.padded_numel - unit.shard_numel()).sum()
         };
         // The head goes backward: its frozen norm is gathered twice, like its trained table.
-        let norm =
-            plan.units.iter().find(|unit| unit.name == "lm_head" && !unit.trainable).unwrap().padded_numel;
-        assert_eq!(plan.traffic.elements, 3 * (3 * half(true) + half(false) + norm / 2));
+        let norm = plan.stages[0]
+            .units
+            .iter()
+            .find(|unit| unit.name == "lm_head" && !unit.trainable)
+            .unwrap()
+            .padded_numel;
+        assert_eq!(plan.stages[0].data_traffic.elements, 3 * (3 * half(true) + half(false) + norm / 2));
     }
 
     #[test]
@@ -267,11 +404,95 @@ mod tests {
     fn narrower_states_are_counted() {
         let state = |optimizer_bytes, grad_bytes| {
             let plan = RunPlan::new(RunShape { optimizer_bytes, grad_bytes, ..shape(1, false) }).unwrap();
-            (plan.memory().state, plan.units.iter().map(|unit| unit.padded_numel as u64).sum::<u64>())
+            (
+                plan.memory().state,
+                plan.stages[0].units.iter().map(|unit| unit.padded_numel as u64).sum::<u64>(),
+            )
         };
         let (adamw, padded) = state(8, 4);
         assert_eq!((adamw.optimizer.0, adamw.grads.0), (8 * padded, 4 * padded));
         let (narrow, _) = state(4, 2);
         assert_eq!((narrow.optimizer.0, narrow.grads.0), (4 * padded, 2 * padded));
+    }
+
+    fn on(mesh: [usize; 3], tied: bool, change: fn(&mut RunShape)) -> RunPlan {
+        let [pipeline, data, tensor] = mesh;
+        let mut shape = shape(1, tied);
+        shape.mesh = Mesh::new(pipeline * data * tensor, pipeline, tensor).unwrap();
+        shape.schedule = (pipeline > 1).then_some(ScheduleKind::OneForwardOneBackward);
+        change(&mut shape);
+        RunPlan::new(shape).unwrap()
+    }
+
+    #[test]
+    fn the_ranks_of_a_mesh_hold_the_model_once_for_each_replica() {
+        for tied in [false, true] {
+            let plan = on([2, 3, 2], tied, |_| {});
+            let ranks: Vec<_> = plan.stages.iter().map(|stage| stage.ranks.clone()).collect();
+            assert_eq!(ranks, [0..6, 6..12]);
+            let held: usize = plan.stages.iter().map(StagePlan::num_params).sum();
+            // Tables and matrices are halved, norms are not: two in each block and the last one.
+            let norms = 5 * 32;
+            let table = 100 * 32;
+            let twice = if tied { table / 2 } else { 0 };
+            assert_eq!(held, (plan.num_params - norms) / 2 + norms + twice, "tied {tied}");
+            let own = |unit: &&UnitLayout| unit.name == "model.embed_tokens.weight";
+            let shared: Vec<_> = plan.stages.iter().map(|stage| stage.units.iter().find(own)).collect();
+            assert_eq!(shared[0].is_some(), tied);
+            assert_eq!(shared[0], shared[1], "the same unit on both stages");
+            assert_eq!(plan.step_tokens, 3 * 3 * 4 * 16);
+        }
+    }
+
+    #[test]
+    fn a_stage_keeps_as_many_micro_batches_as_the_schedule_lets_live() {
+        let seven = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+                           "num_hidden_layers": 7, "num_attention_heads": 2});
+        let kept = |schedule| -> Vec<(usize, u64)> {
+            let shape = RunShape {
+                model: ModelConfig::from_json(&seven).unwrap(),
+                mesh: Mesh::new(3, 3, 1).unwrap(),
+                schedule: Some(schedule),
+                stage_cut: StageCut::Uniform,
+                grad_accum_steps: 8,
+                ..shape(1, false)
+            };
+            let stages = RunPlan::new(shape).unwrap().stages;
+            stages
+                .iter()
+                .map(|stage| (stage.alive, stage.memory_in(ZeroStage::Three).activations.0))
+                .collect()
+        };
+        let one = kept(ScheduleKind::OneForwardOneBackward);
+        assert_eq!(one.iter().map(|&(alive, _)| alive).collect::<Vec<_>>(), [3, 2, 1]);
+        let gpipe = kept(ScheduleKind::GPipe);
+        assert!(gpipe.iter().all(|&(alive, _)| alive == 8));
+        // The middle stage has blocks alone: 8 micro-batches against 2.
+        assert_eq!(gpipe[1].1, 4 * one[1].1);
+    }
+
+    #[test]
+    fn each_axis_sends_its_own() {
+        let only = |mesh| {
+            let AxisTraffic { pipeline, data, tensor } = on(mesh, true, |_| {}).traffic();
+            [pipeline, data, tensor].map(|bytes| bytes > Bytes(0))
+        };
+        assert_eq!(only([1, 1, 1]), [false; 3]);
+        assert_eq!(only([2, 1, 1]), [true, false, false]);
+        assert_eq!(only([1, 2, 1]), [false, true, false]);
+        assert_eq!(only([1, 1, 2]), [false, false, true]);
+        let plan = on([2, 2, 1], true, |_| {});
+        // 3 micro-batches of 64 tokens forward, and the gradient of half of the table in fp32, whose sum two stages make.
+        let table = plan.stages[0].units.iter().find(|unit| unit.name.ends_with("weight")).unwrap();
+        let expected = 3 * 64 * 32 * 2 + 4 * table.shard_numel() as u64;
+        assert_eq!(plan.stages[0].traffic.pipeline, Bytes(expected));
+        assert_eq!(plan.busiest(), plan.stages.iter().map(|stage| stage.traffic.total()).max().unwrap());
+        // With split tokens the gradients of norms are sums over the group.
+        let split = on([1, 1, 2], false, |shape| shape.sequence = SequenceParallel::On);
+        let whole = on([1, 1, 2], false, |_| {});
+        let norms = 5 * 32;
+        let gathers = 2 * 2 * 64 * 32 / 2;
+        let more = split.traffic().tensor.0 - whole.traffic().tensor.0;
+        assert_eq!(more, 3 * 2 * (norms + gathers));
     }
 }

@@ -67,6 +67,33 @@ impl Traffic {
     }
 }
 
+/// Bytes that a rank sends in a step, along each axis.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct AxisTraffic {
+    /// Activations, their gradients, and gradients of parameters that stages share.
+    pub pipeline: Bytes,
+    /// Gradients and parameters.
+    pub data: Bytes,
+    /// Activations and their gradients within layers.
+    pub tensor: Bytes,
+}
+
+impl AxisTraffic {
+    /// All of it.
+    pub fn total(&self) -> Bytes {
+        self.pipeline + self.data + self.tensor
+    }
+
+    /// The larger of two along each axis.
+    pub fn max(self, other: AxisTraffic) -> AxisTraffic {
+        AxisTraffic {
+            pipeline: self.pipeline.max(other.pipeline),
+            data: self.data.max(other.data),
+            tensor: self.tensor.max(other.tensor),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -90,7 +90,7 @@ fn compare(size: Size, variants: &[Variant]) {
 
 /// Sent bytes are exact, up to the few numbers that ranks tell each other for the norm and the loss.
 fn check_traffic(plan: &RunPlan, measured: u64) {
-    let predicted = plan.traffic.bytes.0;
+    let predicted = plan.busiest().0;
     assert!(
         (predicted..predicted + 1024).contains(&measured),
         "{measured} sent, {predicted} planned: {:?}",

@@ -13,10 +13,10 @@ const SEARCH: &str = "Layouts of many ranks";
 
 #[derive(Debug, Clone, Args)]
 pub struct PipelineArgs {
-    /// Draw the timeline of a pipeline schedule, 1f1b unless named: gpipe, 1f1b, interleaved:CHUNKS or zero-bubble. With
-    /// `--device-memory`: try this schedule only
-    #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "1f1b", help_heading = TIMELINE)]
-    pub schedule: Option<ScheduleKind>,
+    /// Draw the timeline of a pipeline schedule, the run file's unless named: gpipe, 1f1b, interleaved:CHUNKS or zero-bubble.
+    /// With `--device-memory`: try this schedule only
+    #[arg(long, value_name = "NAME", help_heading = TIMELINE)]
+    pub schedule: Option<Option<ScheduleKind>>,
     /// Write the timeline as an SVG image too
     #[arg(long, value_name = "FILE", requires = "schedule", conflicts_with = "device_memory", help_heading = TIMELINE)]
     pub svg: Option<PathBuf>,
@@ -29,7 +29,7 @@ pub struct PipelineArgs {
     /// Tensor-parallel ranks [default: the run file's; with `--device-memory` all that divide the ranks]
     #[arg(long, value_name = "N", value_parser = count(), help_heading = TIMELINE)]
     pub tensor: Option<u64>,
-    /// What is spread evenly over the stages: time, parameters, uniform or pattern:LAYERS [default: time]
+    /// What is spread evenly over the stages: time, parameters, uniform or pattern:LAYERS [default: the run file's]
     #[arg(long, value_name = "MEASURE", help_heading = TIMELINE)]
     pub cut: Option<StageCut>,
 }

@@ -4,7 +4,7 @@ use anyhow::Context;
 use serde_json::json;
 use shardwise_monitor::format_count;
 use shardwise_plan::pipeline::{
-    Durations, Schedule, ScheduleKind, Simulation, StageCut, Stages, Transport, svg, timeline,
+    Durations, Schedule, ScheduleKind, Simulation, Stages, Transport, svg, timeline,
 };
 use shardwise_plan::run::RunShape;
 use shardwise_plan::{Axis, LayerSpec, Mesh};
@@ -59,8 +59,8 @@ impl Timeline {
             }
         };
         let (layers, flops) = (shape.model.layers(), shape.model.forward_flops(shape.seq_len));
-        let cut = args.cut.clone().unwrap_or(StageCut::Time);
-        let stages = Stages::new(&layers, &flops, &cut, pipeline, kind.num_chunks())
+        let cut = args.cut.as_ref().unwrap_or(&shape.stage_cut);
+        let stages = Stages::new(&layers, &flops, cut, pipeline, kind.num_chunks())
             .map_err(|error| usage(error.to_string(), "choose fewer stages or chunks, or another `--cut`"))?;
         let schedule = Schedule::new(kind, pipeline, num_microbatches)
             .map_err(|error| usage(error.to_string(), "choose `--micro-batches` or `--schedule` to fit"))?;

@@ -6,7 +6,7 @@ use serde_json::json;
 use shardwise_config::{CommOverlap, RunConfig};
 use shardwise_monitor::format_count;
 use shardwise_plan::memory::StateWidths;
-use shardwise_plan::pipeline::{ScheduleKind, StageCut};
+use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::planner::{Cluster, Estimate, Job, Layout, Recompute, Ruled, Search, search};
 use shardwise_plan::run::RunPlan;
 use shardwise_plan::zoo::SequenceParallel;
@@ -55,9 +55,11 @@ impl Answer {
                 CommOverlap::Blocking => Overlap::Inline,
                 CommOverlap::Overlapped | CommOverlap::Automatic => Overlap::SideThread,
             },
-            sequence: if args.sequence_parallel { SequenceParallel::On } else { SequenceParallel::Off },
-            cut: pipeline.cut.clone().unwrap_or(StageCut::Time),
-            schedules: pipeline.schedule.map_or_else(every, |schedule| vec![schedule]),
+            sequence: if args.sequence_parallel { SequenceParallel::On } else { shape.sequence },
+            cut: pipeline.cut.clone().unwrap_or_else(|| shape.stage_cut.clone()),
+            schedules: pipeline
+                .schedule
+                .map_or_else(every, |named| vec![named.unwrap_or(config.parallel.schedule)]),
             pipeline: degree(pipeline.pipeline),
             tensor: degree(pipeline.tensor),
             stage: None,

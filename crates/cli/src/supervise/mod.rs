@@ -13,6 +13,7 @@
 //! ([`verdict`]). No rank outlives this process: the kernel kills them with the thread that started them, which
 //! is why the loop and the starting share the main thread.
 
+mod name;
 mod rank;
 mod teardown;
 mod verdict;
@@ -23,8 +24,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use rustix::process::Signal;
 use shardwise_monitor::Event;
+use shardwise_plan::Mesh;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use name::name;
 pub use rank::Launch;
 use rank::RankProcess;
 use teardown::{Next, Teardown};
@@ -75,14 +78,15 @@ pub fn run(launch: &Launch, watcher: &mut dyn Watcher) -> anyhow::Result<Outcome
     let (sender, inbox) = channel();
     forward_interrupts(sender.clone())?;
     let mut supervisor = Supervisor {
-        ranks: Vec::with_capacity(launch.num_ranks),
+        mesh: launch.mesh,
+        ranks: Vec::with_capacity(launch.num_ranks()),
         inbox,
         clock: 0,
         interrupt: None,
         teardown: None,
         watcher,
     };
-    for rank in 0..launch.num_ranks {
+    for rank in 0..launch.num_ranks() {
         // On an error the ranks that already run are killed as `supervisor` is dropped.
         let process = RankProcess::start(launch, rank, &sender)?;
         supervisor.ranks.push(Watched { process, history: RankHistory::default(), output_open: true });
@@ -108,6 +112,7 @@ struct Watched {
 }
 
 struct Supervisor<'a> {
+    mesh: Mesh,
     ranks: Vec<Watched>,
     inbox: Receiver<Message>,
     /// Counts what happened to the ranks, so that it can be put in order later.
@@ -212,7 +217,10 @@ impl Supervisor<'_> {
         for (rank, watched) in self.ranks.iter().enumerate().filter(|(_, watched)| watched.process.is_alive())
         {
             let id = watched.process.id();
-            self.watcher.note(&format!("rank {rank} (process {id}) was killed but is stuck in the kernel"));
+            self.watcher.note(&format!(
+                "{}, process {id}, was killed but is stuck in the kernel",
+                name(&self.mesh, rank)
+            ));
         }
     }
 

@@ -19,6 +19,7 @@ use rustix::process::{
     waitid,
 };
 use shardwise_monitor::{Event, RunDir};
+use shardwise_plan::Mesh;
 
 use super::Message;
 use super::verdict::{Asked, Ending};
@@ -32,7 +33,7 @@ pub struct Launch {
     pub worker: PathBuf,
     /// Arguments of the worker, the same for each rank.
     pub args: Vec<OsString>,
-    pub num_ranks: usize,
+    pub mesh: Mesh,
     pub threads_per_rank: usize,
     /// Tells this run's shared memory from that of any other run.
     pub run_id: String,
@@ -41,6 +42,10 @@ pub struct Launch {
 }
 
 impl Launch {
+    pub fn num_ranks(&self) -> usize {
+        self.mesh.world_size()
+    }
+
     fn command(&self, rank: usize) -> Command {
         let mut command = Command::new(&self.worker);
         let threads = self.threads_per_rank.to_string();
@@ -48,8 +53,8 @@ impl Launch {
             .args(&self.args)
             .env("RANK", rank.to_string())
             .env("LOCAL_RANK", rank.to_string())
-            .env("WORLD_SIZE", self.num_ranks.to_string())
-            .env("LOCAL_WORLD_SIZE", self.num_ranks.to_string())
+            .env("WORLD_SIZE", self.num_ranks().to_string())
+            .env("LOCAL_WORLD_SIZE", self.num_ranks().to_string())
             .env("MASTER_ADDR", "127.0.0.1")
             .env("MASTER_PORT", self.master_port.to_string())
             .env("SHARDWISE_RUN_ID", &self.run_id)

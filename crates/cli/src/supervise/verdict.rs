@@ -7,6 +7,9 @@
 use std::process::ExitStatus;
 
 use shardwise_monitor::{ErrorEvent, Event};
+use shardwise_plan::Mesh;
+
+use super::name::{name, placed};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,9 +151,10 @@ impl Failure {
         self.error.as_ref().is_some_and(|error| error.secondary)
     }
 
-    /// What happened, in one line.
-    pub fn message(&self) -> String {
+    /// What happened, in one line, with the places of ranks on the mesh.
+    pub fn message(&self, mesh: &Mesh) -> String {
         let Failure { rank, place, error, ending } = self;
+        let rank = name(mesh, *rank);
         let end = match ending {
             Some(Ending::Killed(number)) => format!("was killed by signal {}", signal_name(*number)),
             Some(Ending::Exited(0)) => "ended before its work was done".to_owned(),
@@ -162,8 +166,8 @@ impl Failure {
             Some(error) if self.is_configuration() => {
                 error.message.strip_prefix("error: ").unwrap_or(&error.message).to_owned()
             }
-            Some(error) => format!("rank {rank} failed {place}: {}", error.message),
-            None => format!("rank {rank} {end} {place}"),
+            Some(error) => format!("{rank} failed {place}: {}", placed(mesh, &error.message)),
+            None => format!("{rank} {end} {place}"),
         }
     }
 
@@ -228,7 +232,10 @@ mod tests {
             self.0[rank].end(self.1, (ending, asked));
         }
         fn message(&self) -> Option<String> {
-            blame(self.0.iter()).map(|failure| failure.message())
+            self.message_on(&Mesh::new(3, 1, 1).unwrap())
+        }
+        fn message_on(&self, mesh: &Mesh) -> Option<String> {
+            blame(self.0.iter()).map(|failure| failure.message(mesh))
         }
     }
 
@@ -298,7 +305,27 @@ mod tests {
     }
 
     #[test]
+    fn ranks_of_a_mesh_are_told_with_their_coordinates() {
+        let mesh = Mesh::new(3, 3, 1).unwrap();
+        let mut world = World::new();
+        world.end(1, Ending::Killed(9), Asked::No);
+        assert_eq!(
+            world.message_on(&mesh).unwrap(),
+            "rank 1 (pipeline stage 1, data 0, tensor 0) was killed by signal 9 (SIGKILL) in step 7"
+        );
+        let mut world = World::new();
+        world.say(2, error("rank `1` stalled: rank `2` waited `5` s in barrier (group `world`)", true));
+        (0..3).for_each(|rank| world.end(rank, Ending::Killed(9), Asked::Yes));
+        assert_eq!(
+            world.message_on(&mesh).unwrap(),
+            "rank 2 (pipeline stage 2, data 0, tensor 0) failed in step 7: rank `1` (pipeline stage 1, data 0, tensor 0) stalled: \
+             rank `2` (pipeline stage 2, data 0, tensor 0) waited `5` s in barrier (group `world`)"
+        );
+    }
+
+    #[test]
     fn places_and_hints() {
+        let mesh = Mesh::new(1, 1, 1).unwrap();
         let mut history = RankHistory::default();
         assert_eq!(history.place.to_string(), "as it started");
         history.say(1, &Event::Phase { phase: "loading model".into() });
@@ -313,10 +340,13 @@ mod tests {
         assert!(failure(Ending::Killed(9)).hint().unwrap().contains("out-of-memory"));
         assert!(failure(Ending::Killed(7)).hint().unwrap().contains("cut short"));
         assert!(failure(Ending::Killed(11)).hint().unwrap().contains("native code"));
-        assert_eq!(failure(Ending::Killed(64)).message(), "rank 0 was killed by signal 64 as it started");
+        assert_eq!(
+            failure(Ending::Killed(64)).message(&mesh),
+            "rank 0 was killed by signal 64 as it started"
+        );
         let error = Some(ErrorEvent { message: "error: no such key".into(), hint: None, secondary: false });
-        assert_eq!(Failure { error, ..failure(Ending::Exited(2)) }.message(), "no such key");
-        assert_eq!(failure(Ending::Exited(2)).message(), "rank 0 exited with code 2 as it started");
+        assert_eq!(Failure { error, ..failure(Ending::Exited(2)) }.message(&mesh), "no such key");
+        assert_eq!(failure(Ending::Exited(2)).message(&mesh), "rank 0 exited with code 2 as it started");
         assert!(!failure(Ending::Exited(1)).is_configuration());
         assert!(failure(Ending::Exited(143)).hint().unwrap().contains("SIGTERM"));
     }

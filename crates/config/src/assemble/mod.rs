@@ -8,6 +8,7 @@ mod lookup;
 mod numerics;
 mod optimizer;
 mod options;
+mod parallel;
 mod schedule;
 mod training;
 
@@ -49,13 +50,16 @@ impl Assembler<'_> {
         let model = self.model(seed.clone());
         let data = self.data(seed.clone());
         let parallel = self.parallel();
-        let batch = self.batch();
+        let batch = self.batch(parallel.as_ref().map(|parallel| parallel.data));
         let eval = self.eval();
         let precision = self.precision();
         let loss_scaling = self.loss_scaling(precision);
         let non_finite_grads = self.non_finite_grads(precision);
         let reduction = self.reduction(precision);
         let optimizer = self.optimizer();
+        if let Some(parallel) = &parallel {
+            self.suits_mesh(parallel, data.as_ref(), batch.as_ref(), optimizer.as_ref());
+        }
         let optimizer_state_dtype = self.optimizer_state_dtype(precision);
         let num_steps = steps.as_ref().map(|steps| steps.value);
         let lr_schedule = self.lr_schedule(num_steps);
@@ -185,28 +189,5 @@ impl Assembler<'_> {
         let vocab_size = self.get("data.tokenizer.train_bpe.vocab_size", whole)?;
         let vocab_size = self.keep("data.tokenizer.train_bpe.vocab_size", vocab_size) as usize;
         Some(TokenizerSource::TrainBpe { vocab_size })
-    }
-
-    fn parallel(&mut self) -> Option<ParallelConfig> {
-        let pipeline = self.get("parallel.pipeline", whole);
-        let tensor = self.get("parallel.tensor", whole);
-        let deadline_s = self.get("parallel.deadline_s", Value::number);
-        if let Some(size) = self.setting("deepspeed.data_parallel_size")
-            && whole(&size.value) != Some(self.world_size as u64)
-        {
-            let (at, key) = (size.value.at.clone(), size.value.at.key(&size.key));
-            let message =
-                format!("`{key}` is {}, but there are {} data-parallel ranks", size.value, self.world_size);
-            self.conflict(at, message, "leave it out: it follows from the number of ranks");
-        }
-        self.sources.insert("parallel.world_size".to_string(), Source::Argument("-n"));
-        self.sources.insert("parallel.data".to_string(), Source::Derived("the number of ranks".to_string()));
-        Some(ParallelConfig {
-            world_size: self.world_size,
-            data: self.world_size,
-            pipeline: self.keep("parallel.pipeline", pipeline?) as usize,
-            tensor: self.keep("parallel.tensor", tensor?) as usize,
-            deadline_s: self.keep("parallel.deadline_s", deadline_s?),
-        })
     }
 }

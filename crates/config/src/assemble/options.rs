@@ -26,7 +26,7 @@ impl Assembler<'_> {
             (
                 "deepspeed.activation_checkpointing.partition_activations",
                 ActivationPolicy::Recompute,
-                "backward runs every layer again from its input; one tensor-parallel rank has nothing to split it over",
+                "backward runs every layer again from its input, which tensor-parallel ranks split where `parallel.sequence` is on",
             ),
             (
                 "deepspeed.activation_checkpointing.number_checkpoints",

@@ -10,7 +10,8 @@ use crate::error::ConfigError;
 use crate::run_config::*;
 
 impl Assembler<'_> {
-    pub fn batch(&mut self) -> Option<BatchConfig> {
+    /// Batch sizes for this number of data-parallel ranks; `None` where that is not known.
+    pub fn batch(&mut self, num_replicas: Option<usize>) -> Option<BatchConfig> {
         if BATCH_KEYS.iter().any(|key| self.is_bad(key)) {
             return None;
         }
@@ -32,7 +33,7 @@ impl Assembler<'_> {
             }
             return None;
         }
-        let solved = Triple { global, micro, accum }.solve(self.world_size as u64);
+        let solved = Triple { global, micro, accum }.solve(num_replicas? as u64);
         let Solved { global, micro, accum } = match solved {
             Ok(solved) => solved,
             Err(unsolved) => {

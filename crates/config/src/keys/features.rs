@@ -2,8 +2,12 @@
 
 use super::*;
 
-const ONE_STAGE: &str = "there is one pipeline stage";
-const ONE_TENSOR_RANK: &str = "there is one tensor-parallel rank";
+const OWN_PEER: &str = "each tensor-parallel rank sends what it holds to its own peer of the next stage";
+const OWN_SPLIT: &str = "layers know how they are split over tensor-parallel ranks";
+const OWN_PART: &str =
+    "each tensor-parallel rank reads or makes its own part of the weights, and nothing else";
+const VOCABULARY: &str =
+    "embedding, head and loss are always split over tensor-parallel ranks by tokens of the vocabulary";
 const IS_OFF: &str = "its `enabled` is `false`";
 const NOT_COMPILED: &str = "`deepcompile` is off";
 const SAFETENSORS: &str = "shards are safetensors files, written straight from the state";
@@ -32,9 +36,14 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     // Pipeline and tensor parallelism
     group("pipeline"),
-    only("pipeline.stages", ANY, is("\"auto\""), &["\"auto\"", "1"], ""),
-    no_effect("pipeline.partition", TEXT, is("\"best\""), ONE_STAGE),
-    no_effect("pipeline.seed_layers", BOOL, FALSE, ONE_STAGE),
+    used("pipeline.stages", Kind::IntOrAuto(1, 1 << 20), NONE),
+    used("pipeline.partition", Kind::Partition, NONE),
+    no_effect(
+        "pipeline.seed_layers",
+        BOOL,
+        FALSE,
+        "a weight is born from the seed and its own name, wherever its layer is",
+    ),
     only(
         "pipeline.activation_checkpoint_interval",
         SIZE,
@@ -42,25 +51,35 @@ pub(crate) const KEYS: &[Key] = &[
         &["0"],
         "`activations.policy` says which layers are recomputed",
     ),
-    no_effect("pipeline.pipe_partitioned", BOOL, TRUE, ONE_STAGE),
-    no_effect("pipeline.grad_partitioned", BOOL, TRUE, ONE_STAGE),
-    no_effect("pipeline.use_reentrant", BOOL, TRUE, ONE_STAGE),
+    no_effect("pipeline.pipe_partitioned", BOOL, TRUE, OWN_PEER),
+    no_effect("pipeline.grad_partitioned", BOOL, TRUE, OWN_PEER),
+    no_effect("pipeline.use_reentrant", BOOL, TRUE, "every layer has a graph of its own, recomputed or not"),
     group("tensor_parallel"),
-    only("tensor_parallel.autotp_size", SIZE, is("0"), &["0", "1"], ""),
-    only("tensor_parallel.tp_size", COUNT, is("1"), &["1"], ""),
-    no_effect("tensor_parallel.tp_grain_size", COUNT, is("1"), ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.dtype", TEXT, NONE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.preset_model", TEXT, NONE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.tp_overlap_comm", BOOL, FALSE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.partition_config", ANY, NONE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.vocab_parallel_lm_head", BOOL, NONE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.vocab_parallel_ce_backend", TEXT, is("\"torch\""), ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.injection_policy_tuple", ANY, NONE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.keep_module_on_host", BOOL, FALSE, ONE_TENSOR_RANK),
-    no_effect("tensor_parallel.replace_with_kernel_inject", BOOL, FALSE, ONE_TENSOR_RANK),
+    used("tensor_parallel.autotp_size", Kind::Int(0, 1 << 20), NONE),
+    used("tensor_parallel.tp_size", DEGREE, NONE),
+    no_effect("tensor_parallel.tp_grain_size", COUNT, is("1"), OWN_SPLIT),
+    no_effect("tensor_parallel.dtype", TEXT, NONE, "layers compute in the run's precision"),
+    no_effect("tensor_parallel.preset_model", TEXT, NONE, OWN_SPLIT),
+    no_effect(
+        "tensor_parallel.tp_overlap_comm",
+        BOOL,
+        FALSE,
+        "what follows a sum over tensor-parallel ranks needs it, so it waits for it",
+    ),
+    no_effect("tensor_parallel.partition_config", ANY, NONE, OWN_SPLIT),
+    no_effect("tensor_parallel.vocab_parallel_lm_head", BOOL, NONE, VOCABULARY),
+    no_effect("tensor_parallel.vocab_parallel_ce_backend", TEXT, is("\"torch\""), VOCABULARY),
+    no_effect("tensor_parallel.injection_policy_tuple", ANY, NONE, OWN_SPLIT),
+    no_effect("tensor_parallel.keep_module_on_host", BOOL, FALSE, OWN_PART),
+    no_effect(
+        "tensor_parallel.replace_with_kernel_inject",
+        BOOL,
+        FALSE,
+        "there is one implementation of each layer",
+    ),
     group("tensor_parallel.tensor_parallel"),
-    only("tensor_parallel.tensor_parallel.tp_size", COUNT, is("1"), &["1"], ""),
-    no_effect("tensor_parallel.tensor_parallel.tp_grain_size", COUNT, is("1"), ONE_TENSOR_RANK),
+    used("tensor_parallel.tensor_parallel.tp_size", DEGREE, NONE),
+    no_effect("tensor_parallel.tensor_parallel.tp_grain_size", COUNT, is("1"), OWN_SPLIT),
     no_effect("use_data_before_expert_parallelism", BOOL, FALSE, "there are no experts"),
     group("expert_parallel"),
     off("expert_parallel.enabled", ""),

@@ -31,6 +31,8 @@ const INT: Kind = Kind::Int(i64::MIN, i64::MAX);
 const SIZE: Kind = Kind::Int(0, i64::MAX);
 /// A whole number of at least 1.
 const COUNT: Kind = Kind::Int(1, i64::MAX);
+/// Ranks along an axis.
+const DEGREE: Kind = Kind::Int(1, 1 << 20);
 const NUMBER: Kind = Kind::Above(f64::NEG_INFINITY);
 /// A number of at least 0.
 const POSITIVE: Kind = Kind::AtLeast(0.0);

@@ -6,6 +6,7 @@
 mod inputs;
 mod numerics;
 mod optimizer;
+mod parallel;
 mod saving;
 
 use serde::Serialize;
@@ -14,6 +15,7 @@ use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, ZeroStage};
 pub use inputs::*;
 pub use numerics::*;
 pub use optimizer::*;
+pub use parallel::*;
 pub use saving::*;
 
 use crate::schedule::LrSchedule;
@@ -73,21 +75,6 @@ pub struct RunConfig {
 pub enum Device {
     /// The host's processors.
     Cpu,
-}
-
-/// How the ranks divide the work: `pipeline * data * tensor = world_size`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ParallelConfig {
-    /// Number of ranks.
-    pub world_size: usize,
-    /// Data-parallel ranks.
-    pub data: usize,
-    /// Pipeline stages.
-    pub pipeline: usize,
-    /// Tensor-parallel ranks.
-    pub tensor: usize,
-    /// Seconds after which a rank that stays silent in a collective is reported.
-    pub deadline_s: f64,
 }
 
 /// Batch sizes in samples: `global_batch_size = micro_batch * grad_accum_steps * data-parallel ranks`.

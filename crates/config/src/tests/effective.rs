@@ -37,9 +37,12 @@ seed                                 7            --set seed=7
 device                               "cpu"        default
 threads_per_rank                     null         default
 parallel.world_size                  2            -n
-parallel.data                        2            derived from the number of ranks
+parallel.data                        2            derived from ranks / (`pipeline` x `tensor`)
 parallel.pipeline                    1            default
 parallel.tensor                      1            default
+parallel.schedule                    "1f1b"       default
+parallel.stage_cut                   "parameters" default
+parallel.sequence                    "off"        default
 parallel.deadline_s                  120.0        default
 batch.global_batch_size              16           ds.json:2 `train_batch_size`
 batch.micro_batch                    4            derived from `global_batch_size` / (`grad_accum_steps` x data-parallel ranks)
@@ -113,9 +116,14 @@ fn the_json_holds_the_same() {
 fn every_form_of_configuration_has_a_source_for_every_value() {
     let run = run_with(&deepspeed(""));
     // Loading fails on a value without a source; these are the forms that a configuration can take.
-    let forms: [&[&str]; 27] = [
+    let forms: [&[&str]; 29] = [
         &[],
         &["model={\"config\": {}}"],
+        &["parallel={\"pipeline\": 3, \"schedule\": \"zero-bubble\", \"stages\": \"pattern:*.h.*\"}"],
+        &[
+            "deepspeed.pipeline={\"stages\": \"auto\", \"partition\": \"best\"}",
+            "deepspeed.tensor_parallel.tp_size=3",
+        ],
         &["model={\"config\": {\"a\": {\"b\": {}, \"c\": [1, {}], \"d\": null}}}"],
         &["data={\"text\": [\"a\", \"b\"], \"tokenizer\": \"t.json\", \"seq_len\": 1}"],
         &["data={\"text\": \"a\", \"tokenizer\": {\"train_bpe\": {\"vocab_size\": 257}}, \"seq_len\": 1}"],

@@ -167,14 +167,13 @@ fn what_is_not_supported_yet_is_refused_by_name() {
         assert_eq!(deepspeed_says(more), format!("error: run.json:5: `deepspeed.{expected}"));
     }
     assert_eq!(
-        says(&run_with(&deepspeed("")), &["device=cuda", "parallel.pipeline=2", "parallel.schedule=1f1b"]),
+        says(&run_with(&deepspeed("")), &["device=cuda", "deepspeed.sequence_parallel_size=2"]),
         "\
+error: --set deepspeed.sequence_parallel_size=2: `deepspeed.sequence_parallel_size` = `2` is not supported yet
+hint: set it to `1` or leave it out; the run file's `parallel.sequence` splits what is between linear layers over \
+tensor-parallel ranks
 error: --set device=cuda: `device` = `\"cuda\"` is not supported yet
-hint: set it to `\"cpu\"` or leave it out
-error: --set parallel.pipeline=2: `parallel.pipeline` = `2` is not supported yet
-hint: set it to `1` or leave it out
-error: --set parallel.schedule=1f1b: `parallel.schedule` is not supported yet
-hint: leave it out: there are no pipeline stages to schedule"
+hint: set it to `\"cpu\"` or leave it out"
     );
 }
 

@@ -2,6 +2,7 @@
 
 mod effective;
 mod messages;
+mod parallel;
 mod planning;
 mod run_file;
 mod tables;

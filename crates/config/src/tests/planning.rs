@@ -24,7 +24,7 @@ fn a_folder_with_nothing_but_config_json_is_enough() {
         (ZeroStage::Three, 2, Overlap::Inline)
     );
     assert_eq!((plan.shape.micro_batch, plan.shape.seq_len, plan.step_tokens), (2, 64, 2 * 2 * 64));
-    assert_eq!(plan.units.len(), 4);
+    assert_eq!(plan.stages[0].units.len(), 4);
 }
 
 #[test]

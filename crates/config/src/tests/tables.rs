@@ -36,6 +36,9 @@ fn sample(path: &str, key: &Key) -> String {
         "lr_schedule.min_lr" => Some("0.0005"),
         "eval" => Some(r#"{"tokens": "e.bin"}"#),
         "deepspeed.data_parallel_size" => Some("1"),
+        "parallel.schedule" => Some("\"zero-bubble\""),
+        "parallel.stages" => Some("\"time\""),
+        "deepspeed.pipeline.partition" => Some("\"type:layers\""),
         _ => None,
     };
     listed.or(by_name.map(str::to_string)).unwrap_or_else(|| match key.kind {
@@ -48,6 +51,8 @@ fn sample(path: &str, key: &Key) -> String {
         Kind::Texts | Kind::TextOrTexts => "[\"some\"]".to_string(),
         Kind::Betas => "[0.5, 0.25]".to_string(),
         Kind::Groups => "[]".to_string(),
+        Kind::IntOrAuto(min, max) => (min + 1).min(max).to_string(),
+        Kind::Schedule | Kind::StageCut | Kind::Partition => unreachable!("these have samples by name"),
         Kind::Group | Kind::Object => "{}".to_string(),
         Kind::Any => "1".to_string(),
     })
@@ -91,6 +96,8 @@ fn base(path: &str) -> Vec<String> {
         _ if path.starts_with("deepspeed.bf16.") => &["deepspeed.bf16.enabled=true"],
         _ if path.starts_with("lr_schedule.") => &[r#"lr_schedule={"type": "linear"}"#],
         "eval.text" => &[TEXT],
+        "parallel.schedule" | "parallel.stages" | "deepspeed.pipeline.partition" => &["parallel.pipeline=2"],
+        "parallel.sequence" => &["parallel.tensor=2"],
         "eval.every" | "eval.max_tokens" => &[r#"eval={"tokens": "e.bin"}"#],
         _ => &[],
     };
@@ -117,7 +124,10 @@ fn load_with(path: &str, json: &str) -> Result<Loaded, String> {
 fn load_on(mut sets: Vec<String>, path: &str, json: &str) -> Result<Loaded, String> {
     sets.push(set_for(path, json));
     let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
-    load(&run_with(&deepspeed("")), &sets, 1)
+    // The degrees of the mesh need ranks.
+    let is_mesh = ["parallel.", "deepspeed.pipeline.", "deepspeed.tensor_parallel."];
+    let ranks = if is_mesh.iter().any(|group| path.starts_with(group)) { 2 } else { 1 };
+    load(&run_with(&deepspeed("")), &sets, ranks)
 }
 
 #[test]

@@ -22,8 +22,8 @@ use std::fmt;
 use serde::Serialize;
 
 pub use head::HeadShape;
-pub(crate) use layers::first_trained;
-pub use layers::{LayerActivations, LayerLoad, layer_loads};
+pub(crate) use layers::first_backward;
+pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, WeightGrads, layer_params};
 pub use state::{ModelState, StateWidths};
 
 use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
@@ -35,24 +35,27 @@ const RUNTIME: Bytes = Bytes(150 << 20);
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
 pub const NUM_REDUCING: usize = 3;
 
+/// Buffers of a pipeline stage for messages: in each direction one that comes and one that goes.
+const NUM_MESSAGES: usize = 4;
+
 /// What the ranks of one host show each other at a time, together: 2 MiB in each of two phases, divided among them.
 pub const STAGING: Bytes = Bytes(4 << 20);
 
 /// What a plan of memory depends on, for one rank.
 #[derive(Debug, Clone, Copy)]
 pub struct Workload<'a> {
-    /// All units, laid out for `num_ranks`.
+    /// All units of the rank, as laid out for the data-parallel ranks.
     pub units: &'a [UnitLayout],
     /// All layers, in the order they run.
-    pub layers: &'a [LayerLoad],
-    /// Ranks over which state is sharded.
-    pub num_ranks: usize,
+    pub layers: &'a [LayerLoad<'a>],
+    /// How micro-batches go through them; `None` without a pipeline.
+    pub flow: Option<Flow>,
+    /// All ranks.
+    pub world_size: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
-    /// Bytes of the optimizer's states of an element.
-    pub optimizer_bytes: usize,
-    /// Bytes of an element of a sum of gradients.
-    pub grad_bytes: usize,
+    /// Bytes of an element of each kind of state.
+    pub widths: StateWidths,
     /// Tokens of one micro-batch.
     pub microbatch_tokens: usize,
     /// Micro-batches in a step.
@@ -61,7 +64,7 @@ pub struct Workload<'a> {
     pub overlap: Overlap,
 }
 
-/// Bytes that one rank needs, by kind. All ranks need the same.
+/// Bytes that one rank needs, by kind. All data-parallel ranks need the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// The stage of ZeRO.
@@ -79,6 +82,8 @@ pub struct MemoryPlan {
     pub layer_grads: Bytes,
     /// What the running layer needs besides, at the same moment.
     pub temporaries: Bytes,
+    /// Buffers of messages from and to other pipeline stages.
+    pub messages: Bytes,
     /// Memory shared with the other ranks.
     pub staging: Bytes,
     /// The process itself.
@@ -93,23 +98,30 @@ impl MemoryPlan {
     /// Plans the memory of each rank.
     pub fn new(load: &Workload<'_>, stage: ZeroStage) -> Self {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
-        let moment = layers::peak(load.layers, load.microbatch_tokens, load.compute_bytes);
-        let widths = StateWidths::new(load.compute_bytes, load.optimizer_bytes, load.grad_bytes);
-        let staging = if load.num_ranks > 1 { STAGING } else { Bytes(0) };
+        let moment =
+            layers::peak(load.layers, load.flow.as_ref(), load.microbatch_tokens, load.compute_bytes);
+        let message = load.flow.map_or(0, |flow| flow.message * load.microbatch_tokens);
+        let staging = if load.world_size > 1 { STAGING } else { Bytes(0) };
         let mut plan = MemoryPlan {
             stage,
-            state: ModelState::new(load.units, stage, load.grad_accum_steps, widths),
+            state: ModelState::new(load.units, stage, load.grad_accum_steps, load.widths),
             gathered: Bytes::of(load.num_gather_buffers(stage) * largest, load.compute_bytes),
             reductions: load.reductions(stage),
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
+            messages: Bytes::of(NUM_MESSAGES * message, load.compute_bytes),
             staging,
             runtime: RUNTIME,
             saving: Bytes::of(largest, size_of::<f32>()),
             peak: Bytes(0),
         };
-        let always = plan.state.total() + plan.gathered + plan.reductions + plan.staging + plan.runtime;
+        let always = plan.state.total()
+            + plan.gathered
+            + plan.reductions
+            + plan.messages
+            + plan.staging
+            + plan.runtime;
         plan.peak = always + plan.step().max(plan.saving);
         plan
     }
@@ -131,8 +143,8 @@ impl Workload<'_> {
             Overlap::Inline => 1,
             Overlap::SideThread => 2,
         };
-        let units_of = |layers: &[LayerLoad]| {
-            layers.iter().flat_map(|layer| &layer.units).collect::<BTreeSet<_>>().len()
+        let units_of = |layers: &[LayerLoad<'_>]| {
+            layers.iter().flat_map(|layer| &layer.params.units).collect::<BTreeSet<_>>().len()
         };
         self.layers.windows(at_a_time.min(self.layers.len()).max(1)).map(units_of).max().unwrap_or(0)
     }
@@ -145,7 +157,7 @@ impl Workload<'_> {
         let shards = || units().map(UnitLayout::shard_numel);
         let accumulates = self.grad_accum_steps > 1;
         let added = |at_a_time| {
-            if accumulates { of_each_size(shards(), at_a_time, self.grad_bytes) } else { Bytes(0) }
+            if accumulates { of_each_size(shards(), at_a_time, self.widths.grads) } else { Bytes(0) }
         };
         match (self.overlap, stage) {
             (Overlap::Inline, ZeroStage::Zero) => Bytes(0),
@@ -181,6 +193,7 @@ impl fmt::Display for MemoryPlan {
             ("activations", self.activations),
             ("gradients of layers", self.layer_grads),
             ("temporaries", self.temporaries),
+            ("messages between stages", self.messages),
             ("shared with other ranks", self.staging),
             ("libtorch and program", self.runtime),
             ("saving, beyond a step", Bytes(self.saving.0.saturating_sub(self.step().0))),
@@ -196,7 +209,7 @@ impl fmt::Display for MemoryPlan {
 mod tests {
     use super::*;
     use crate::layout::units_of;
-    use crate::{ActivationRules, Init, LayerSpec, ParamSpec};
+    use crate::{ActivationPolicy, Init, LayerSpec, ParamSpec};
 
     /// Five layers of 640, 64, 64, 64 and 64 elements.
     fn plan(stage: ZeroStage, grad_accum_steps: usize, overlap: Overlap) -> MemoryPlan {
@@ -212,14 +225,21 @@ mod tests {
         let layers: Vec<_> = (0..5).map(layer).collect();
         let units = units_of(&layers, 2, |_| false);
         let activations = [LayerActivations { kept: 7, output: 1, ..LayerActivations::default() }; 5];
-        let layers = layer_loads(&layers, &units, &activations, &ActivationRules::default());
+        let params = layer_params(&layers, &units);
+        let load = |params| LayerLoad {
+            params,
+            activations: activations[0],
+            input: 1,
+            policy: ActivationPolicy::Keep,
+        };
+        let layers: Vec<_> = params.iter().map(load).collect();
         let load = Workload {
             units: &units,
             layers: &layers,
-            num_ranks: 2,
+            flow: None,
+            world_size: 2,
             compute_bytes: 2,
-            optimizer_bytes: 8,
-            grad_bytes: 4,
+            widths: StateWidths::adamw(2),
             microbatch_tokens: 100,
             grad_accum_steps,
             overlap,

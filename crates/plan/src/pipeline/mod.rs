@@ -94,6 +94,21 @@ impl ScheduleKind {
             _ => 1,
         }
     }
+
+    /// Whether there is such a schedule.
+    ///
+    /// # Errors
+    /// [`ScheduleError`], with the numbers that would do.
+    pub fn check(self, num_stages: usize, num_microbatches: usize) -> Result<(), ScheduleError> {
+        let num_chunks = self.num_chunks();
+        if num_stages == 0 || num_chunks == 0 || num_microbatches == 0 {
+            return Err(ScheduleError::Empty { num_stages, num_chunks, num_microbatches });
+        }
+        if num_chunks > 1 && num_microbatches < num_stages {
+            return Err(ScheduleError::TooFewMicrobatches { num_stages, num_microbatches });
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for ScheduleKind {
@@ -181,20 +196,15 @@ impl Schedule {
         num_stages: usize,
         num_microbatches: usize,
     ) -> Result<Self, ScheduleError> {
+        kind.check(num_stages, num_microbatches)?;
         let num_chunks = kind.num_chunks();
-        if num_stages == 0 || num_chunks == 0 || num_microbatches == 0 {
-            return Err(ScheduleError::Empty { num_stages, num_chunks, num_microbatches });
-        }
         let stages = match kind {
             ScheduleKind::GPipe => order::gpipe(num_stages, num_microbatches),
             ScheduleKind::OneForwardOneBackward | ScheduleKind::Interleaved { num_chunks: 1 } => {
                 order::one_forward_one_backward(num_stages, num_microbatches)
             }
-            ScheduleKind::Interleaved { num_chunks } if num_microbatches >= num_stages => {
+            ScheduleKind::Interleaved { num_chunks } => {
                 order::interleaved(num_stages, num_chunks, num_microbatches)
-            }
-            ScheduleKind::Interleaved { .. } => {
-                return Err(ScheduleError::TooFewMicrobatches { num_stages, num_microbatches });
             }
             ScheduleKind::ZeroBubble => order::zero_bubble(num_stages, num_microbatches),
         };

@@ -5,9 +5,8 @@
 //! layout gets an [`Estimate`] of its memory, traffic and time; those that fit come fastest first, the others by how much is
 //! missing.
 //!
-//! Model state is counted as `memory` counts it, to the byte, on the fullest pipeline stage. What a step holds besides follows
-//! the same rules as `memory`'s, with as many micro-batches alive as the schedule keeps; frozen layers count as if they went
-//! backward. Time is what follows from the rates that the cluster is given:
+//! Memory and traffic are counted as for the plan of a run ([`crate::share`]), on the fullest pipeline stage and on the busiest
+//! one. Time is what follows from the rates that the cluster is given:
 //!
 //! | part of a step | time |
 //! |---|---|
@@ -19,9 +18,7 @@
 //! Nothing is known of kernels, so a flop rate should be one that was attained. The optimizer's own time is left out.
 
 mod cost;
-mod memory;
 mod search;
-mod shape;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +28,7 @@ pub use search::{Ruled, Search, search};
 
 use crate::memory::StateWidths;
 use crate::pipeline::{ScheduleKind, StageCut};
+pub use crate::traffic::AxisTraffic;
 use crate::zoo::{ModelConfig, SequenceParallel};
 use crate::{Bytes, Mesh, NamePattern, Overlap, ZeroStage};
 
@@ -151,17 +149,6 @@ impl RankMemory {
     }
 }
 
-/// Bytes that the busiest rank sends in a step, along each axis.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct AxisTraffic {
-    /// Activations, their gradients, and gradients of tied parameters.
-    pub pipeline: Bytes,
-    /// Gradients and parameters.
-    pub data: Bytes,
-    /// Activations and their gradients within layers.
-    pub tensor: Bytes,
-}
-
 /// What a layout is expected to be like.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
@@ -173,7 +160,7 @@ pub struct Estimate {
     pub fullest_stage: usize,
     /// What is missing; 0 if it fits.
     pub excess: Bytes,
-    /// What is sent.
+    /// What the busiest rank sends along each axis.
     pub traffic: AxisTraffic,
     /// Idle time of all stages as a part of the pipeline's time, where stages differ too.
     pub bubble: f64,

@@ -1,12 +1,17 @@
 //! Every layout, tried.
 
+use std::collections::HashMap;
+
 use serde::Serialize;
 
 use super::cost::Costs;
-use super::shape::LocalModel;
 use super::{Cluster, Estimate, Job, Layout, Recompute};
+use crate::memory::LayerActivations;
+use crate::param::LayerSpec;
 use crate::pipeline::{ScheduleKind, Stages};
-use crate::{Axis, Mesh, ZeroStage};
+use crate::share::Share;
+use crate::tensor::SplitError;
+use crate::{ActivationPolicy, ActivationRules, Axis, Mesh, ZeroStage};
 
 /// The largest power of two that is tried as a micro-batch.
 const MOST_SAMPLES: usize = 64;
@@ -56,6 +61,15 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
         }
     }
     let sizes = micro_batches(job);
+    let policies = |recompute| {
+        let policy = match recompute {
+            Recompute::Off => ActivationPolicy::Keep,
+            Recompute::Layers => ActivationPolicy::Recompute,
+        };
+        ActivationRules::all(policy).policies(layers.iter().map(|layer| layer.name.as_str()))
+    };
+    let (kept, recomputed) = (policies(Recompute::Off), policies(Recompute::Layers));
+    let is_frozen = |name: &str| job.frozen.iter().any(|pattern| pattern.matches(name));
     let mut locals = Vec::new();
     for tensor in degrees(job.tensor) {
         match LocalModel::new(job, &layers, tensor, &sizes) {
@@ -86,10 +100,16 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
                 found.rule_out([None, Some(data), None], reason);
                 continue;
             }
-            let kinds = local.laid_out(data);
             for (schedule, stages) in &schedules {
-                let costs = Costs { job, cluster, model: local, kinds: &kinds, stages, flops: &flops };
-                layouts(job, mesh, *schedule, &sizes).for_each(|layout| found.add(costs.estimate(&layout)));
+                let shares = Share::all(&local.layers, stages, mesh, job.sequence, is_frozen);
+                let costs = Costs { job, cluster, stages, shares: &shares, flops: &flops };
+                for layout in layouts(job, mesh, *schedule, &sizes) {
+                    let policies = match layout.recompute {
+                        Recompute::Off => &kept,
+                        Recompute::Layers => &recomputed,
+                    };
+                    found.add(costs.estimate(&layout, &local.activations[&layout.micro_batch], policies));
+                }
             }
         }
     }
@@ -99,6 +119,25 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
     });
     found.over.sort_by(|a, b| a.excess.cmp(&b.excess).then(a.step_s.total_cmp(&b.step_s)));
     found
+}
+
+/// The model on one of `tensor` ranks.
+struct LocalModel {
+    layers: Vec<LayerSpec>,
+    /// What each layer holds, by samples of a micro-batch.
+    activations: HashMap<usize, Vec<LayerActivations>>,
+    tensor: usize,
+}
+
+impl LocalModel {
+    fn new(job: &Job, layers: &[LayerSpec], tensor: usize, sizes: &[usize]) -> Result<Self, SplitError> {
+        let activations =
+            |samples| job.model.activations_on(tensor, job.sequence, samples, job.seq_len, job.compute_bytes);
+        // Rank 0 has no less than any other.
+        let layers = layers.iter().map(|layer| layer.local(tensor, 0)).collect::<Result<_, _>>()?;
+        let activations = sizes.iter().map(|&samples| (samples, activations(samples))).collect();
+        Ok(LocalModel { layers, activations, tensor })
+    }
 }
 
 /// Sizes of micro-batches to try.

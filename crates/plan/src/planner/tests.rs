@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::memory::alive;
 use super::*;
 use crate::pipeline::{Durations, Schedule, Transport};
 use crate::run::{RunPlan, RunShape};
+use crate::share::alive;
 use crate::{ActivationPolicy, ActivationRules, Axis};
 
 fn gpt2(layers: usize, hidden: usize, inner: usize, vocab: usize) -> Value {
@@ -151,25 +151,78 @@ fn data_parallel_layouts_are_the_plan_of_the_run() {
         model["tie_word_embeddings"] = json!(tied);
         for overlap in [Overlap::Inline, Overlap::SideThread] {
             for stage in ZeroStage::ALL {
-                for accum in [1, 4] {
-                    same_as_run_plan(&model, overlap, stage, accum, ActivationPolicy::Keep);
-                    same_as_run_plan(&model, overlap, stage, accum, ActivationPolicy::Recompute);
+                for (accum, policy) in [1, 4].into_iter().flat_map(|accum| {
+                    [ActivationPolicy::Keep, ActivationPolicy::Recompute].map(|policy| (accum, policy))
+                }) {
+                    let mesh = Mesh::new(4, 1, 1).unwrap();
+                    let sequence = SequenceParallel::Off;
+                    same_as_run_plan(
+                        &model,
+                        Case { mesh, schedule: None, sequence, overlap, stage, accum, policy },
+                    );
                 }
             }
         }
     }
 }
 
-fn same_as_run_plan(
-    model: &Value,
+/// And so is any other layout.
+#[test]
+fn layouts_of_every_mesh_are_the_plan_of_the_run() {
+    use ActivationPolicy::{Keep, Recompute};
+    let models = [
+        json!({"model_type": "llama", "vocab_size": 1001, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6,
+               "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": false}),
+        gpt2(6, 512, 2048, 5000),
+    ];
+    let schedules = [
+        ScheduleKind::GPipe,
+        ScheduleKind::OneForwardOneBackward,
+        ScheduleKind::Interleaved { num_chunks: 2 },
+        ScheduleKind::ZeroBubble,
+    ];
+    for (model, schedule) in models.iter().flat_map(|model| schedules.map(|schedule| (model, schedule))) {
+        for [pipeline, tensor] in [[1, 2], [2, 1], [2, 2], [4, 1], [2, 4]] {
+            for (sequence, overlap, policy) in [
+                (SequenceParallel::Off, Overlap::Inline, Keep),
+                (SequenceParallel::On, Overlap::SideThread, Recompute),
+            ] {
+                for stage in ZeroStage::ALL {
+                    let case = Case {
+                        mesh: Mesh::new(8, pipeline, tensor).unwrap(),
+                        schedule: (pipeline > 1).then_some(schedule),
+                        sequence,
+                        overlap,
+                        stage,
+                        accum: 4,
+                        policy,
+                    };
+                    same_as_run_plan(model, case);
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    mesh: Mesh,
+    schedule: Option<ScheduleKind>,
+    sequence: SequenceParallel,
     overlap: Overlap,
     stage: ZeroStage,
     accum: usize,
     policy: ActivationPolicy,
-) {
+}
+
+fn same_as_run_plan(model: &Value, case: Case) {
+    let Case { mesh, schedule, sequence, overlap, stage, accum, policy } = case;
     let shape = RunShape {
         model: ModelConfig::from_json(model).unwrap(),
-        mesh: Mesh::new(4, 1, 1).unwrap(),
+        mesh,
+        schedule,
+        stage_cut: StageCut::Time,
+        sequence,
         stage,
         compute_bytes: 2,
         precision: "bf16",
@@ -185,35 +238,39 @@ fn same_as_run_plan(
         grouped: Vec::new(),
     };
     let plan = RunPlan::new(shape).unwrap();
+    let [pipeline, data, tensor] = [Axis::Pipeline, Axis::Data, Axis::Tensor].map(|axis| mesh.degree(axis));
     let asked = Job {
         seq_len: 512,
-        global_batch: 4 * 3 * accum,
+        global_batch: data * 3 * accum,
         micro_batch: 3,
         overlap,
-        pipeline: Some(1),
-        tensor: Some(1),
+        sequence,
+        schedules: schedule.into_iter().collect(),
+        pipeline: Some(pipeline),
+        tensor: Some(tensor),
         stage: Some(stage),
         ..job(model)
     };
-    let found = search(&asked, &cluster(4));
+    let found = search(&asked, &cluster(mesh.world_size()));
     let same = |estimate: &&Estimate| {
         estimate.layout.micro_batch == 3
             && (estimate.layout.recompute == Recompute::Layers) == policy.recomputes()
     };
-    let estimate = found.feasible.iter().find(same).unwrap();
+    let context = format!("{case:?} {}", asked.model.family());
+    let estimate = found.feasible.iter().find(same).unwrap_or_else(|| panic!("{context}: {found:?}"));
     let memory = plan.memory();
-    let context = format!("{stage} {overlap:?} {accum} {policy:?} {}", asked.model.family());
+    assert_eq!(estimate.fullest_stage, plan.fullest().stage, "{context}");
     assert_eq!(estimate.memory.parameters, memory.state.params, "{context}");
     assert_eq!(estimate.memory.gradients, memory.state.grads, "{context}");
     assert_eq!(estimate.memory.optimizer, memory.state.master_params + memory.state.optimizer, "{context}");
     assert_eq!(estimate.memory.activations, memory.activations, "{context}");
-    let besides = memory.gathered + memory.reductions + memory.layer_grads + memory.temporaries;
-    assert_eq!(estimate.memory.buffers, besides, "{context}");
-    assert_eq!(estimate.traffic.data, plan.traffic.bytes, "{context}");
-    assert_eq!(
-        (estimate.traffic.pipeline, estimate.traffic.tensor, estimate.bubble),
-        (Bytes(0), Bytes(0), 0.0)
-    );
+    let pools = memory.gathered + memory.reductions + memory.messages;
+    assert_eq!(estimate.memory.buffers, pools + memory.layer_grads + memory.temporaries, "{context}");
+    assert_eq!(estimate.traffic, plan.traffic(), "{context}");
+    for (axis, bytes) in [(pipeline, estimate.traffic.pipeline), (tensor, estimate.traffic.tensor)] {
+        assert_eq!(axis > 1, bytes > Bytes(0), "{context}");
+    }
+    assert_eq!(pipeline > 1, estimate.bubble > 0.0, "{context}");
 }
 
 #[test]
@@ -248,7 +305,8 @@ fn pipelines_take_as_long_and_keep_as_much_as_their_simulation() {
         };
         let simulation = schedule.simulate(&durations, Transport::Buffered).unwrap();
         for stage in 0..num_stages {
-            assert_eq!(alive(layout, stage).0, simulation.peak_activations[stage], "{layout:?}");
+            let kept = alive(layout.schedule, num_stages, layout.num_microbatches, stage);
+            assert_eq!(kept, simulation.peak_activations[stage], "{layout:?}");
         }
         let ratio = estimate.step_s / simulation.makespan;
         let (index, tolerance) = match kind {
