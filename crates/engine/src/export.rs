@@ -58,11 +58,6 @@ impl Engine {
         }
         outcome
     }
-
-    /// Which parameters this stage holds and another one speaks for.
-    pub fn whole_param(&self, name: &str) -> Option<&ParamSpec> {
-        self.stage.whole_params().get(name).copied()
-    }
 }
 
 /// The stage that speaks for a parameter which `holder` holds.

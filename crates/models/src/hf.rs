@@ -1,5 +1,6 @@
 //! Hugging Face folders: `config.json` and `*.safetensors`.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
@@ -74,14 +75,16 @@ impl ParamSource for HfSource {
 /// # Errors
 /// [`ModelError::Weights`] or [`ModelError::Write`], on rank 0; a failed collective.
 pub fn save_hf(engine: &mut Engine, dir: &Path, config: &Value) -> Result<(), ModelError> {
-    let is_writer = engine.zero().group().group_rank() == 0;
+    let is_writer = engine.ranks().world().group_rank() == 0;
+    let mut seen = HashSet::new();
     let metas = engine
-        .zero()
-        .layouts()
-        .flat_map(|layout| &layout.slots)
-        .map(|slot| TensorMeta {
-            name: slot.param.name.clone(),
-            shape: slot.param.shape.clone(),
+        .specs()
+        .iter()
+        .flat_map(|layer| &layer.params)
+        .filter(|param| seen.insert(param.name.clone()))
+        .map(|param| TensorMeta {
+            name: param.name.clone(),
+            shape: param.shape.clone(),
             dtype: FileDType::F32,
         })
         .collect::<Vec<_>>();

@@ -101,6 +101,9 @@ impl HeldOut {
     pub fn evaluate(&self, engine: &mut Engine) -> Result<Evaluation, Failure> {
         let group = engine.zero().group();
         let (rank, num_ranks) = (group.group_rank(), group.group_size());
+        // Ranks that have other parts of one model run the same windows together, and one of them tells the loss.
+        let at = engine.ranks().at();
+        let tells = at.pipeline == 0 && at.tensor == 0;
         let num_windows = (self.tokens.len() - 1).div_ceil(self.seq_len);
         let mut mine = [0.0, 0.0];
         // In stage 3 every rank is needed for every window: one that has run out repeats the last and does not count it.
@@ -108,7 +111,7 @@ impl HeldOut {
             let (input, target) = self.window((first + rank).min(num_windows - 1));
             let row = |tokens: &[i64]| Tensor::f_from_slice(tokens)?.f_view([1, tokens.len() as i64]);
             let loss = engine.evaluate(&row(input)?, &row(target)?)?;
-            if first + rank < num_windows {
+            if tells && first + rank < num_windows {
                 mine[0] += loss * target.len() as f64;
                 mine[1] += target.len() as f64;
             }

@@ -76,6 +76,8 @@ fn comm_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CommError> {
         comm_error(inner)
     } else if let Some(EngineError::Zero(inner)) = error.downcast_ref() {
         comm_error(inner)
+    } else if let Some(EngineError::Comm(inner)) = error.downcast_ref() {
+        Some(inner)
     } else if let Some(ZeroError::Comm(inner)) = error.downcast_ref() {
         Some(inner)
     } else {
@@ -115,6 +117,10 @@ mod tests {
         assert!(is_blamed_on_another(died()));
         assert!(is_blamed_on_another(ZeroError::from(died())));
         assert!(is_blamed_on_another(EngineError::from(ZeroError::from(died()))));
+        assert!(is_blamed_on_another(EngineError::from(died())));
+        let in_layer =
+            |error| EngineError::Layer { layer: "l".into(), pass: "backward", source: Box::new(error) };
+        assert!(is_blamed_on_another(in_layer(EngineError::from(died()))));
         assert!(is_blamed_on_another(ModelError::from(EngineError::from(ZeroError::from(died())))));
         assert!(is_blamed_on_another(anyhow::Error::from(died()).context("while saving")));
     }

@@ -1,9 +1,8 @@
 //! The run's model: its description, its layers, and the engine over them.
 
 use serde_json::Value;
-use shardwise_comm::Group;
 use shardwise_config::{ModelDescription, ModelSource, RunConfig};
-use shardwise_engine::{Engine, ParamSource, RandomInit};
+use shardwise_engine::{Engine, ParamSource, RandomInit, Ranks};
 use shardwise_kernels::Threads;
 use shardwise_models::HfSource;
 use shardwise_plan::zoo::ModelConfig;
@@ -32,7 +31,7 @@ impl Model {
     pub fn build(
         &self,
         run: &RunConfig,
-        group: Group,
+        ranks: Ranks,
         threads: Threads,
         resumed: Option<&Resumed>,
     ) -> Result<Engine, Failure> {
@@ -48,7 +47,7 @@ impl Model {
             _ => &mut random,
         };
         let options = options::engine_options(run, &self.config, threads)?;
-        let mut engine = Engine::new(layers, options, group, source)?;
+        let mut engine = Engine::new(layers, options, ranks, source)?;
         if let Some(resumed) = resumed {
             resumed.load(&mut engine)?;
         }

@@ -3,8 +3,9 @@
 use shardwise_config as config;
 use shardwise_config::{NamePattern, RunConfig};
 use shardwise_device::DType;
-use shardwise_engine::EngineOptions;
+use shardwise_engine::{EngineOptions, PipelineOptions};
 use shardwise_kernels::Threads;
+use shardwise_plan::pipeline::{ScheduleKind, Stages};
 use shardwise_plan::zoo::ModelConfig;
 use shardwise_zero::{
     AdagradOptions, AdamOptions, BiasCorrection, Direction, DynamicLossScale, GradientOp, HysteresisRefill,
@@ -49,7 +50,23 @@ pub fn engine_options(
         activations: run.activations.to_rules(),
         head_chunk_rows: run.activations.head_chunk_tokens,
         seed: run.seed,
+        pipeline: pipeline(run, model)?,
+        sequence: run.parallel.sequence,
     })
+}
+
+fn pipeline(run: &RunConfig, model: &ModelConfig) -> Result<PipelineOptions, Failure> {
+    let parallel = &run.parallel;
+    let layers = model.layers();
+    let flops = model.forward_flops(run.data.seq_len);
+    // Without stages there is nothing to schedule.
+    let schedule = match parallel.pipeline {
+        1 => ScheduleKind::OneForwardOneBackward,
+        _ => parallel.schedule,
+    };
+    let num_chunks = schedule.num_chunks();
+    let stages = Stages::new(&layers, &flops, &parallel.stage_cut, parallel.pipeline, num_chunks);
+    Ok(PipelineOptions { schedule, stages: Some(stages.map_err(Failure::configuration)?) })
 }
 
 fn dtype(float: config::FloatType) -> DType {

@@ -5,16 +5,16 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde_json::{Value, json};
-use shardwise_checkpoint::state::{Checkpoint, PARAM, Region};
+use shardwise_checkpoint::state::{Checkpoint, PARAM};
 use shardwise_config::RunConfig;
 use shardwise_device::DType;
-use shardwise_engine::{BoxError, Engine, ParamSource};
+use shardwise_engine::{BoxError, Engine, ParamSource, StatePart};
 use shardwise_kernels::cast;
 use shardwise_plan::ParamSpec;
-use shardwise_zero::{LossScalerState, StateSlice};
+use shardwise_zero::LossScalerState;
 
 use crate::failure::Failure;
-use crate::saving::file_dtype;
+use crate::saving::{file_dtype, region};
 use crate::telemetry::Telemetry;
 
 /// Where a run goes on.
@@ -99,20 +99,19 @@ impl Resumed {
             .context("the checkpoint does not say how many steps were applied")?;
         let scaler =
             scaler_from(&state["loss_scaler"]).context("the checkpoint holds no state of the loss scale")?;
-        let zero = engine.zero_mut();
-        zero.load_states(applied, |slice| self.fill(slice)).map_err(|error: anyhow::Error| {
+        engine.load_states(applied, |part| self.fill(part)).map_err(|error: anyhow::Error| {
             Failure::from(
                 error.context(format!("could not resume from `{}`", self.checkpoint.dir().display())),
             )
         })?;
-        zero.restore_loss_scaler(scaler);
+        engine.zero_mut().restore_loss_scaler(scaler);
         Ok(())
     }
 
-    fn fill(&self, slice: StateSlice<'_, &mut [u8]>) -> anyhow::Result<()> {
-        let StateSlice { param, param_range, name: kind, dtype, bytes, .. } = slice;
+    fn fill(&self, part: StatePart<'_, &mut [u8]>) -> anyhow::Result<()> {
+        let region = region(&part);
+        let StatePart { param, name: kind, dtype, bytes, .. } = part;
         let name = param.name.as_str();
-        let region = Region::flat(&param.shape, param_range);
         let stored = self.checkpoint.tensor(name, kind).with_context(|| {
             format!("`{name}` has no `{kind}`: resume with the optimizer that the run was started with")
         })?;

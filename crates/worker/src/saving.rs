@@ -14,13 +14,12 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use shardwise_checkpoint::FileDType;
 use shardwise_checkpoint::state::{
-    Attachment, Background, Committed, Contents, Fragment, Keep, Mesh, Progress, Region, Save,
+    Attachment, Background, Block, Committed, Contents, Fragment, Keep, Mesh, Progress, Region, Save,
 };
 use shardwise_config::{CheckpointConfig, CheckpointWriting, OnSaveFailure};
 use shardwise_device::DType;
-use shardwise_engine::Engine;
+use shardwise_engine::{Engine, StatePart};
 use shardwise_monitor::Event;
-use shardwise_zero::{StateSlice, Zero};
 
 use crate::failure::Failure;
 use crate::launch::events;
@@ -90,17 +89,17 @@ impl<'a> Saver<'a> {
         config: CheckpointConfig,
         dir: PathBuf,
         fixed: Fixed,
-        zero: &Zero,
+        engine: &Engine,
         telemetry: &'a Telemetry,
     ) -> Result<Self, Failure> {
         // Rank 0 draws a number that f64 holds exactly.
         let drawn = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let drawn = (drawn.as_nanos() as u64 ^ u64::from(std::process::id()) << 32) & ((1 << 52) - 1);
-        let nonce = zero.exchange(&[drawn as f64])?[0][0] as u64;
+        let nonce = engine.zero().exchange(&[drawn as f64])?[0][0] as u64;
         Ok(Saver {
             config,
             dir,
-            rank: zero.group().group_rank(),
+            rank: engine.ranks().world().group_rank(),
             nonce,
             fixed,
             telemetry,
@@ -144,7 +143,7 @@ impl<'a> Saver<'a> {
         self.finish(engine)?;
         self.telemetry.phase(&format!("saving step {step}"));
         let since = Instant::now();
-        let written = self.write_shard(engine.zero_mut(), step);
+        let written = self.write_shard(engine, step);
         let (save, error) = match written {
             Ok(save) => (Some(save), None),
             Err(error) => (None, Some(error)),
@@ -158,11 +157,11 @@ impl<'a> Saver<'a> {
     }
 
     /// Writes this rank's shard straight from the state.
-    fn write_shard(&self, zero: &mut Zero, step: u64) -> anyhow::Result<Save> {
+    fn write_shard(&self, engine: &mut Engine, step: u64) -> anyhow::Result<Save> {
         let save = Save::begin(&self.dir, step, self.nonce, self.rank)?;
         let mut fragments = Vec::new();
-        visit(zero, |slice| {
-            fragments.push(fragment(&slice));
+        visit(engine, |part| {
+            fragments.push(fragment(&part));
             Ok(())
         })?;
         let mut writer = save.shard_writer(&fragments)?;
@@ -183,9 +182,9 @@ impl<'a> Saver<'a> {
         while next < order.len() {
             let before = next;
             let mut index = 0;
-            visit(zero, |slice| {
+            visit(engine, |part| {
                 if order.get(next) == Some(&index) {
-                    writer.write(index, slice.bytes)?;
+                    writer.write(index, part.bytes)?;
                     next += 1;
                 }
                 index += 1;
@@ -200,7 +199,7 @@ impl<'a> Saver<'a> {
     /// Copies the state and has it written behind the next steps.
     fn start(&mut self, engine: &mut Engine, step: u64, run_state: Value) -> Result<(), Failure> {
         let since = Instant::now();
-        let copies = self.copy(engine.zero_mut());
+        let copies = self.copy(engine);
         let (dir, nonce, rank) = (self.dir.clone(), self.nonce, self.rank);
         let stall = since.elapsed();
         let started = copies.and_then(|copies| {
@@ -222,18 +221,18 @@ impl<'a> Saver<'a> {
         Ok(())
     }
 
-    fn copy(&mut self, zero: &mut Zero) -> anyhow::Result<Copies> {
+    fn copy(&mut self, engine: &mut Engine) -> anyhow::Result<Copies> {
         let mut copies = self.copies.take().unwrap_or_default();
         copies.fragments.clear();
         let mut index = 0;
-        visit(zero, |slice| {
-            copies.fragments.push(fragment(&slice));
+        visit(engine, |part| {
+            copies.fragments.push(fragment(&part));
             match copies.bytes.get_mut(index) {
                 Some(bytes) => {
                     bytes.clear();
-                    bytes.extend_from_slice(slice.bytes);
+                    bytes.extend_from_slice(part.bytes);
                 }
-                None => copies.bytes.push(slice.bytes.to_vec()),
+                None => copies.bytes.push(part.bytes.to_vec()),
             }
             index += 1;
             Ok(())
@@ -371,20 +370,26 @@ impl<'a> Saver<'a> {
 
 /// Visits the state between steps.
 fn visit(
-    zero: &mut Zero,
-    visit: impl FnMut(StateSlice<'_, &[u8]>) -> anyhow::Result<()>,
+    engine: &mut Engine,
+    visit: impl FnMut(StatePart<'_, &[u8]>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    zero.for_each_state(visit)
+    engine.for_each_state(visit)
 }
 
-fn fragment(slice: &StateSlice<'_, &[u8]>) -> Fragment {
+fn fragment(part: &StatePart<'_, &[u8]>) -> Fragment {
     Fragment {
-        name: slice.param.name.clone(),
-        kind: slice.name.to_owned(),
-        dtype: file_dtype(slice.dtype),
-        shape: slice.param.shape.clone(),
-        region: Region::flat(&slice.param.shape, slice.param_range.clone()),
+        name: part.param.name.clone(),
+        kind: part.name.to_owned(),
+        dtype: file_dtype(part.dtype),
+        shape: part.param.shape.clone(),
+        region: region(part),
     }
+}
+
+/// Which elements of the whole parameter a part is.
+pub fn region<B>(part: &StatePart<'_, B>) -> Region {
+    let block = Block { offset: part.block.offset.clone(), shape: part.block.shape.clone() };
+    Region { block, range: part.range.clone() }
 }
 
 pub fn file_dtype(dtype: DType) -> FileDType {

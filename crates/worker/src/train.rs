@@ -9,7 +9,7 @@ use shardwise_checkpoint::state::{Attachment, Mesh};
 use shardwise_comm::shm::{self, ShmOptions};
 use shardwise_config::{EvalSource, Loaded, RunConfig};
 use shardwise_data::Loader;
-use shardwise_engine::{Batch, BoxError, Engine, TrainReport};
+use shardwise_engine::{Batch, BoxError, Engine, Ranks, TrainReport};
 use shardwise_kernels::Threads;
 use shardwise_monitor::{Outcome, PrintEvery, RunDir, StepMetrics, peak_rss_bytes};
 use shardwise_torch::{Tensor, memory, set_num_threads};
@@ -88,7 +88,8 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     options.fingerprint = fingerprint(&loaded, args, resumed.as_ref());
     let group = shm::join(options)?;
     telemetry.phase("building the model");
-    let mut engine = model.build(config, group.clone(), threads, resumed.as_ref())?;
+    let ranks = Ranks::new(group.clone(), config.parallel.mesh())?;
+    let mut engine = model.build(config, ranks, threads, resumed.as_ref())?;
 
     let fixed = Fixed {
         mesh: Mesh {
@@ -101,7 +102,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
         config: loaded.effective().to_json(),
         attached: attachments(&model, tokenizer.as_ref())?,
     };
-    let saver = Saver::new(config.checkpoint, dir.checkpoints(), fixed, engine.zero(), &telemetry)?;
+    let saver = Saver::new(config.checkpoint, dir.checkpoints(), fixed, &engine, &telemetry)?;
     let first_step = resumed.as_ref().map_or(0, Resumed::step);
     let mut run = Run { config, launch, loader, held_out, stop, telemetry: &telemetry, first_step, saver };
     run.evaluate(&mut engine, run.first_step)?;
@@ -152,15 +153,16 @@ impl Run<'_> {
             if let Some(momentum) = self.config.lr_schedule.momentum(applied) {
                 engine.zero_mut().set_momentum(momentum)?;
             }
-            let sent_before = engine.zero().group().ledger().total().sent_bytes;
-            let exposed_before = engine.zero().exposed_comm();
+            let sent_before = engine.sent_bytes();
+            let exposed_before = engine.exposed_comm();
+            let data_rank = engine.ranks().at().data;
             let start = Instant::now();
-            let report = engine.train_step(lr, |microbatch| self.batch(step, microbatch))?;
+            let report = engine.train_step(lr, |microbatch| self.batch(data_rank, step, microbatch))?;
             // The step's time and bytes include what is still under way on the side thread.
             engine.zero().drain()?;
             let step_s = start.elapsed().as_secs_f64();
-            let exposed_s = (engine.zero().exposed_comm() - exposed_before).as_secs_f64();
-            let sent = engine.zero().group().ledger().total().sent_bytes - sent_before;
+            let exposed_s = (engine.exposed_comm() - exposed_before).as_secs_f64();
+            let sent = engine.sent_bytes() - sent_before;
             let stop = self.stop.load(Ordering::Relaxed);
             // One exchange after the step: what is the same on all ranks afterwards includes the wish to stop.
             let mine = [
@@ -229,15 +231,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn batch(&self, step: u64, microbatch: usize) -> Result<Batch, BoxError> {
-        let batch = self.loader.batch(step, microbatch, self.launch.rank)?;
+    /// The samples of one micro-batch: ranks that have other parts of one model see the same.
+    fn batch(&self, data_rank: usize, step: u64, microbatch: usize) -> Result<Batch, BoxError> {
+        let batch = self.loader.batch(step, microbatch, data_rank)?;
         let tensor = |tokens: &[i64]| -> Result<Tensor, BoxError> {
             Ok(Tensor::f_from_slice(tokens)?.f_view([batch.rows as i64, batch.seq_len as i64])?)
         };
         let shape = self.loader.sampler().shape();
         let micro_batches = (step * shape.grad_accum_steps as u64 + microbatch as u64)
             * shape.data_parallel as u64
-            + self.launch.rank as u64;
+            + data_rank as u64;
         let first_row = micro_batches * batch.rows as u64;
         Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row })
     }
