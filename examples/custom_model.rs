@@ -27,7 +27,7 @@ impl Layer for Dense {
     }
 
     fn forward(&self, context: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
-        let y = ops::linear(x, params.get("weight")?, Some(params.get("bias")?))?;
+        let y = ops::linear(context, x, params.get("weight")?, Some(params.get("bias")?))?;
         match context.target {
             _ if !self.is_last => Ok(y.f_tanh()?),
             Some(target) => Ok(y.f_mse_loss(target, Reduction::Mean)?),

@@ -45,7 +45,9 @@ fn main() {
         [("linear d -> d", hidden, hidden), ("linear d -> f", mlp, hidden), ("linear f -> d", hidden, mlp)]
     {
         let (x, w) = (leaf(&[batch, seq, input]), leaf(&[out, input]));
-        time(name, &[&x, &w], || ops::linear(&x, &w, None).expect("shapes fit"));
+        time(name, &[&x, &w], || {
+            ops::linear(&shardwise_engine::Context::inference(None), &x, &w, None).expect("shapes fit")
+        });
     }
     let head_dim = hidden / heads;
     let rotary = ops::Rotary { head_dim: head_dim as usize, theta: 1e4, scaling: None::<RopeScaling> };

@@ -69,6 +69,8 @@ pub struct Engine {
     pub(crate) stage: Stage,
     /// This stage's actions in each step.
     pub(crate) actions: Arc<[Action]>,
+    /// Whether the schedule computes gradients of weights apart from those of inputs.
+    pub(crate) defers_weights: bool,
     /// How many layers use each unit: its gradient is complete when all have gone backward.
     pub(crate) num_users: Vec<usize>,
     /// By unit: parameters of whose gradient this rank has only a part.
@@ -177,6 +179,11 @@ impl Engine {
             bindings,
             flats,
             layers: own.collect(),
+            defers_weights: stage
+                .schedule
+                .actions(stage.stage)
+                .iter()
+                .any(|action| matches!(action, Action::BackwardInput(_))),
             actions: stage.schedule.actions(stage.stage).into(),
             num_users,
             partial,

@@ -3,7 +3,7 @@
 use shardwise_plan::LayerSpec;
 use shardwise_torch::Tensor;
 
-use crate::{EngineError, Params, TensorParallel};
+use crate::{DeferredWeights, EngineError, Params, TensorParallel};
 
 /// One layer: it declares parameters and computes with them, but owns none.
 ///
@@ -47,12 +47,14 @@ pub struct Context<'a> {
     pub head_chunk_rows: Option<usize>,
     /// The ranks that split this layer with this one; absent, or of one rank, where the layer is whole.
     pub tensor: Option<&'a TensorParallel>,
+    /// Where linear maps leave what the gradients of their matrices follow from, if these are to be computed later.
+    pub deferred: Option<&'a DeferredWeights>,
 }
 
 impl<'a> Context<'a> {
     /// The context of a model that does not learn.
     pub fn inference(target: Option<&'a Tensor>) -> Self {
-        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None, tensor: None }
+        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None, tensor: None, deferred: None }
     }
 }
 

@@ -15,6 +15,7 @@
 //! [`ops`] holds the differentiable operations that layers share.
 
 mod binding;
+mod deferred;
 mod engine;
 mod error;
 mod export;
@@ -34,6 +35,7 @@ mod tensor_parallel;
 mod transport;
 
 pub use binding::Params;
+pub use deferred::DeferredWeights;
 pub use engine::{Engine, EngineOptions, Phase};
 pub use error::EngineError;
 pub use layer::{Batch, Context, Layer, Randomness};

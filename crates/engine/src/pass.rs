@@ -3,23 +3,31 @@
 use std::rc::Rc;
 
 use shardwise_plan::ActivationPolicy;
-use shardwise_torch::{Kind, Tensor, autograd, no_grad};
+use shardwise_torch::{Kind, Tensor, TorchError, autograd, no_grad};
 
 use crate::gradients::Gradients;
 use crate::parked::Parked;
 use crate::stage::Part;
-use crate::{Batch, Context, Engine, EngineError, Phase, Randomness};
+use crate::{Batch, Context, DeferredWeights, Engine, EngineError, Phase, Randomness};
 
 /// What is held of a layer between its forward and its backward.
 pub(crate) enum Held {
     /// Nothing: no gradient goes through it.
     Nothing,
     /// What its graph hangs on.
-    Graph { input: Tensor, output: Tensor },
+    Graph(Graph),
     /// Its input: the forward pass runs once more.
     Input(Parked),
-    /// What the gradients of its parameters follow from, when that of its input is known.
-    Weights { output: Tensor, dy: Tensor },
+    /// The gradients of its parameters, but for those that wait.
+    Weights { grads: Vec<Option<Tensor>>, deferred: DeferredWeights },
+}
+
+/// A layer that has run forward.
+pub(crate) struct Graph {
+    input: Tensor,
+    output: Tensor,
+    /// Where its backward pass is in two halves.
+    deferred: Option<DeferredWeights>,
 }
 
 /// A micro-batch between its forward and its backward through one part.
@@ -29,6 +37,9 @@ pub(crate) struct Pass {
     /// Size and type of the part's input.
     input: (Vec<i64>, Kind),
 }
+
+/// A way through a graph.
+type Through = fn(&[&Tensor], &[Option<&Tensor>], &[&Tensor]) -> Result<Vec<Option<Tensor>>, TorchError>;
 
 /// Which gradients a backward pass is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,9 +70,10 @@ impl Engine {
             let input = output.f_detach()?.f_set_requires_grad(output.requires_grad())?;
             (self.observer)(Phase::Forward);
             let policy = self.policies[index];
+            let deferred = self.new_deferred();
             output = match policy {
-                ActivationPolicy::Keep => self.call(index, &batch, &input, "forward")?,
-                _ => no_grad(|| self.call(index, &batch, &input, "forward"))?,
+                ActivationPolicy::Keep => self.call(index, &batch, &input, deferred.as_ref(), "forward")?,
+                _ => no_grad(|| self.call(index, &batch, &input, None, "forward"))?,
             };
             output = self.own_output(index, output)?;
             let learns = input.requires_grad() || self.bindings[index].trainable().next().is_some();
@@ -71,12 +83,19 @@ impl Engine {
             self.release(index)?;
             held.push(match policy {
                 _ if !output.requires_grad() => Held::Nothing,
-                ActivationPolicy::Keep => Held::Graph { input, output: output.shallow_clone() },
+                ActivationPolicy::Keep => {
+                    Held::Graph(Graph { input, output: output.shallow_clone(), deferred })
+                }
                 ActivationPolicy::Recompute => Held::Input(Parked::here(input)),
                 ActivationPolicy::Offload => Held::Input(Parked::in_host_memory(&input)?),
             });
         }
         Ok((Pass { batch, held, input: kind }, output))
+    }
+
+    /// A place for the gradients that wait, if any do.
+    fn new_deferred(&self) -> Option<DeferredWeights> {
+        self.defers_weights.then(DeferredWeights::default)
     }
 
     /// Runs one layer on a micro-batch.
@@ -85,6 +104,7 @@ impl Engine {
         index: usize,
         batch: &Batch,
         input: &Tensor,
+        deferred: Option<&DeferredWeights>,
         pass: &'static str,
     ) -> Result<Tensor, EngineError> {
         let num_rows = batch.input.size().first().map_or(1, |&rows| rows as usize);
@@ -95,6 +115,7 @@ impl Engine {
             loss_scale: self.zero.loss_scale(),
             head_chunk_rows: self.head_chunk_rows,
             tensor: Some(&self.tensor),
+            deferred,
         };
         let params = self.bindings[index].params();
         self.layers[index].forward(&context, &params, input).map_err(|e| self.at(index, pass, e))
@@ -114,43 +135,36 @@ impl Engine {
         let mut grad = dy;
         for index in part.layers.clone().rev() {
             let place = index - part.layers.start;
+            let layer = std::mem::replace(&mut pass.held[place], Held::Nothing);
+            if half == Half::Weights {
+                // Nothing of the layer is needed any more, nor its parameters.
+                let grads = match layer {
+                    Held::Weights { grads, deferred } => self.with_deferred(index, grads, &deferred)?,
+                    _ => Vec::new(),
+                };
+                self.add_grads(index, microbatch, grads, gradients)?;
+                continue;
+            }
             let is_last = part.is_last && index + 1 == part.layers.end;
             // Without a trainable parameter here or before there is nothing to do, but units still count this use.
             let mut param_grads = Vec::new();
             let dy = grad.take();
-            let layer = std::mem::replace(&mut pass.held[place], Held::Nothing);
-            let has_work = match half {
-                Half::Weights => matches!(layer, Held::Weights { .. }),
-                _ => !matches!(layer, Held::Nothing) && (is_last || dy.is_some()),
-            };
-            if has_work {
+            if !matches!(layer, Held::Nothing) && (is_last || dy.is_some()) {
                 self.gather(index)?;
                 self.prefetch(index.checked_sub(1).filter(|next| part.layers.contains(next)))?;
-                let (input, output, dy) = match layer {
-                    Held::Weights { output, dy } => (None, output, Some(dy)),
-                    Held::Graph { input, output } => (Some(input), output, dy),
-                    Held::Input(parked) => {
-                        let input = parked.back()?;
-                        (self.observer)(Phase::Forward);
-                        let output = self.call(index, &pass.batch, &input, "forward once more")?;
-                        (Some(input), output, dy)
-                    }
-                    Held::Nothing => unreachable!("excluded above"),
-                };
+                let graph = self.graph(index, &pass.batch, layer)?;
                 (self.observer)(Phase::Backward);
                 let dy = match dy {
                     Some(dy) => dy,
-                    None => output.f_full_like(self.zero.loss_scale())?,
+                    None => graph.output.f_full_like(self.zero.loss_scale())?,
                 };
-                if half == Half::Inputs {
-                    grad = self.input_grad(index, input.as_ref(), &output, &dy)?;
-                    pass.held[place] = Held::Weights { output, dy };
-                } else {
-                    (grad, param_grads) = self.grads(index, input.as_ref(), &output, &dy)?;
-                }
+                (grad, param_grads) = self.grads(index, &graph, &dy)?;
                 self.release(index)?;
+                if let Some(deferred) = graph.deferred {
+                    pass.held[place] = Held::Weights { grads: std::mem::take(&mut param_grads), deferred };
+                }
             }
-            if half != Half::Inputs {
+            if half == Half::Both {
                 self.add_grads(index, microbatch, param_grads, gradients)?;
             }
         }
@@ -162,47 +176,79 @@ impl Engine {
         Ok(grad)
     }
 
-    /// The gradients of a layer's input, if it needs one, and of its trainable parameters.
+    /// A layer's graph: the one that was kept, or one made anew.
+    fn graph(&self, index: usize, batch: &Batch, layer: Held) -> Result<Graph, EngineError> {
+        match layer {
+            Held::Graph(graph) => Ok(graph),
+            Held::Input(parked) => {
+                let (input, deferred) = (parked.back()?, self.new_deferred());
+                let output = self.call(index, batch, &input, deferred.as_ref(), "forward once more")?;
+                Ok(Graph { input, output, deferred })
+            }
+            Held::Nothing | Held::Weights { .. } => unreachable!("a layer goes backward once, if it learns"),
+        }
+    }
+
+    /// The gradients of a layer's input, if it needs one, and of its trainable parameters, but for those that wait.
     fn grads(
         &self,
         index: usize,
-        input: Option<&Tensor>,
-        output: &Tensor,
+        graph: &Graph,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>), EngineError> {
+        let Graph { input, output, deferred } = graph;
         if !output.requires_grad() {
             // Recomputed, and it has used nothing that learns.
             return Ok((None, Vec::new()));
         }
-        let mut inputs: Vec<&Tensor> = self.bindings[index].trainable().map(|(_, tensor)| tensor).collect();
-        let num_params = inputs.len();
-        inputs.extend(input.filter(|input| input.requires_grad()));
-        if inputs.is_empty() {
-            return Ok((None, Vec::new()));
+        let params: Vec<&Tensor> = self.bindings[index].trainable().map(|(_, tensor)| tensor).collect();
+        let through = |wanted: &[&Tensor], grad: Through| {
+            let grads = if wanted.is_empty() { Ok(Vec::new()) } else { grad(&[output], &[Some(dy)], wanted) };
+            Ok::<_, EngineError>(grads.map_err(|e| self.backward_failed(index, e))?.into_iter())
+        };
+        let dx_wanted = input.requires_grad().then_some(input);
+        let Some(deferred) = deferred else {
+            let wanted: Vec<&Tensor> = params.iter().copied().chain(dx_wanted).collect();
+            let mut grads = through(&wanted, autograd::grad)?;
+            let param_grads = grads.by_ref().take(params.len()).collect();
+            return Ok((grads.next().flatten(), param_grads));
+        };
+        let at_once = params.iter().copied().filter(|param| !deferred.waits(param));
+        let mut grads = through(&at_once.chain(dx_wanted).collect::<Vec<_>>(), autograd::grad_and_keep)?;
+        let mut param_grads: Vec<Option<Tensor>> = Vec::with_capacity(params.len());
+        for param in &params {
+            param_grads.push(if deferred.waits(param) { None } else { grads.next().flatten() });
         }
-        let mut grads =
-            autograd::grad(&[output], &[Some(dy)], &inputs).map_err(|e| self.backward_failed(index, e))?;
-        let dx = grads.drain(num_params..).next().flatten();
-        Ok((dx, grads))
+        let dx = grads.next().flatten();
+        // A linear map that is not between the input and the output was not come by: its matrix does not wait.
+        let lacking: Vec<usize> =
+            (0..params.len()).filter(|&i| deferred.waits(params[i]) && deferred.lacks(params[i])).collect();
+        let wanted: Vec<&Tensor> = lacking.iter().map(|&i| params[i]).collect();
+        let made = through(&wanted, autograd::grad)?;
+        for (i, grad) in lacking.into_iter().zip(made) {
+            param_grads[i] = grad;
+        }
+        Ok((dx, param_grads))
     }
 
-    /// The gradient of a layer's input alone; the graph stays for those of its parameters.
-    fn input_grad(
+    /// The gradients of a layer's trainable parameters, with those that have waited.
+    fn with_deferred(
         &self,
         index: usize,
-        input: Option<&Tensor>,
-        output: &Tensor,
-        dy: &Tensor,
-    ) -> Result<Option<Tensor>, EngineError> {
-        let Some(input) = input.filter(|input| input.requires_grad() && output.requires_grad()) else {
-            return Ok(None);
-        };
-        let grads = autograd::grad_and_keep(&[output], &[Some(dy)], &[input]);
-        Ok(grads.map_err(|e| self.backward_failed(index, e))?.into_iter().next().flatten())
+        grads: Vec<Option<Tensor>>,
+        deferred: &DeferredWeights,
+    ) -> Result<Vec<Option<Tensor>>, EngineError> {
+        let params = self.bindings[index].trainable().map(|(_, tensor)| tensor);
+        let whole = params.zip(grads).map(|(param, made)| match made {
+            Some(grad) => Ok(Some(grad)),
+            None => no_grad(|| deferred.grad(param)),
+        });
+        let whole: Result<Vec<_>, _> = whole.collect();
+        whole.map_err(|e| self.at(index, "backward", e.into()))
     }
 
     /// A failure between ranks comes through libtorch as a text: it is told as what it was.
-    fn backward_failed(&self, index: usize, error: shardwise_torch::TorchError) -> EngineError {
+    fn backward_failed(&self, index: usize, error: TorchError) -> EngineError {
         let error = match self.tensor.take_failure() {
             Some(failure) => EngineError::Comm(failure),
             None => error.into(),

@@ -53,7 +53,7 @@ impl Layer for Block {
         let attended = self.attention(context, params, &self.norm(params, "ln_1", x_btd)?)?;
         let x_btd = x_btd.f_add(&self.attention_dropout.apply_to_residual(context, &attended)?)?;
         let normed = ops::enter(context, &self.norm(params, "ln_2", &x_btd)?)?;
-        let hidden = conv1d(params, "mlp.c_fc", &normed)?.f_gelu("tanh")?;
+        let hidden = conv1d(context, params, "mlp.c_fc", &normed)?.f_gelu("tanh")?;
         let out = row_conv1d(context, params, "mlp.c_proj", &hidden)?;
         Ok(x_btd.f_add(&self.mlp_dropout.apply_to_residual(context, &out)?)?)
     }
@@ -81,7 +81,7 @@ impl Block {
         let (b, t, d) = x_btd.size3()?;
         let head_dim = d / self.config.n_head as i64;
         // The heads of this rank: all of them, unless ranks split the layer.
-        let qkv = conv1d(params, "attn.c_attn", &x_btd)?.f_chunk(3, 2)?;
+        let qkv = conv1d(context, params, "attn.c_attn", &x_btd)?.f_chunk(3, 2)?;
         let split = |x: &Tensor| -> Result<Tensor, EngineError> { Ok(x.f_reshape([b, t, -1, head_dim])?) };
         let (q, k, v) = (split(&qkv[0])?, split(&qkv[1])?, split(&qkv[2])?);
         let out_bthe = ops::dropped_causal_attention(context, &self.probabilities_dropout, &q, &k, &v)?;
@@ -95,9 +95,9 @@ impl Block {
 }
 
 /// A linear map, its matrix kept as `[in, out]`.
-fn conv1d(params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
+fn conv1d(context: &Context<'_>, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
     let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
-    ops::conv1d(x, weight, Some(bias))
+    ops::conv1d(context, x, weight, Some(bias))
 }
 
 /// The same, where ranks have split it by its inputs.

@@ -51,7 +51,7 @@ impl Layer for LmHead {
                 };
                 loss.forward_on(context, &x, weight, self.vocab_size, target)
             }
-            None => ops::gather_classes(context, &ops::linear(&x, weight, None)?, self.vocab_size),
+            None => ops::gather_classes(context, &ops::linear(context, &x, weight, None)?, self.vocab_size),
         }
     }
 }

@@ -77,7 +77,7 @@ impl Block {
         let (b, t, _) = x_btd.size3()?;
         // The heads of this rank: all of them, unless ranks split the layer.
         let heads = |name: &str| -> Result<Tensor, EngineError> {
-            let x = self.linear(params, &format!("self_attn.{name}"), &x_btd)?;
+            let x = self.linear(context, params, &format!("self_attn.{name}"), &x_btd)?;
             Ok(x.f_view([b, t, -1, self.config.head_dim as i64])?)
         };
         let table = self.table.lock().expect("nobody panics while holding the table");
@@ -90,13 +90,20 @@ impl Block {
 
     fn mlp(&self, context: &Context<'_>, params: &Params<'_>, x_btd: &Tensor) -> Result<Tensor, EngineError> {
         let x_btd = ops::enter(context, x_btd)?;
-        let gate_btf = self.linear(params, "mlp.gate_proj", &x_btd)?;
-        let up_btf = self.linear(params, "mlp.up_proj", &x_btd)?;
+        let gate_btf = self.linear(context, params, "mlp.gate_proj", &x_btd)?;
+        let up_btf = self.linear(context, params, "mlp.up_proj", &x_btd)?;
         self.row_linear(context, params, "mlp.down_proj", &ops::swiglu(&gate_btf, &up_btf)?)
     }
 
-    fn linear(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
-        ops::linear(x, params.get(&format!("{name}.weight"))?, params.find(&format!("{name}.bias")))
+    fn linear(
+        &self,
+        context: &Context<'_>,
+        params: &Params<'_>,
+        name: &str,
+        x: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.find(&format!("{name}.bias")));
+        ops::linear(context, x, weight, bias)
     }
 
     /// The same, where ranks have split it by its inputs.

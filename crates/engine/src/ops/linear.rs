@@ -2,12 +2,15 @@
 //!
 //! A processor that has no arithmetic in 16-bit floats multiplies f16 matrices element by element in libtorch, some twenty times
 //! slower than f32. There the product is made in f32, of copies that last as long as the product, and rounded once.
+//!
+//! Where the gradients of matrices wait ([`crate::Context::deferred`]), the backward pass is ours too.
 
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
 use super::raw::multiplies_in_f32;
-use crate::EngineError;
+use crate::deferred::{Form, Shelf};
+use crate::{Context, EngineError};
 
 /// `x @ weight^T + bias`.
 ///
@@ -16,11 +19,16 @@ use crate::EngineError;
 /// - returns `[.., out]`
 /// # Errors
 /// What libtorch says.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, EngineError> {
-    if multiplies_in_f32(&[x, weight]) {
-        return in_f32(x, &weight.f_tr()?, bias);
+pub fn linear(
+    context: &Context<'_>,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor, EngineError> {
+    match shelf(context, weight) {
+        None if !multiplies_in_f32(&[x, weight]) => Ok(x.f_linear(weight, bias)?),
+        shelf => own(Form::OutIn, shelf, x, weight, bias),
     }
-    Ok(x.f_linear(weight, bias)?)
 }
 
 /// `x @ weight + bias`: a linear map whose matrix is kept the other way round, as GPT-2's are.
@@ -30,59 +38,98 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 /// - returns `[.., out]`
 /// # Errors
 /// What libtorch says.
-pub fn conv1d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, EngineError> {
-    if multiplies_in_f32(&[x, weight]) {
-        return in_f32(x, weight, bias);
-    }
-    let y = x.f_matmul(weight)?;
-    match bias {
-        Some(bias) => Ok(y.f_add(bias)?),
-        None => Ok(y),
+pub fn conv1d(
+    context: &Context<'_>,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor, EngineError> {
+    match shelf(context, weight) {
+        None if !multiplies_in_f32(&[x, weight]) => {
+            let y = x.f_matmul(weight)?;
+            match bias {
+                Some(bias) => Ok(y.f_add(bias)?),
+                None => Ok(y),
+            }
+        }
+        shelf => own(Form::InOut, shelf, x, weight, bias),
     }
 }
 
-/// `x @ weight + bias` by f32 arithmetic, with `weight` `[in, out]` a view of a parameter or a parameter.
-fn in_f32(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, EngineError> {
-    let rows = |x: &Tensor| -> Result<Tensor, TorchError> {
-        Ok(x.f_reshape([-1, x.size()[x.dim() - 1]])?.f_to_kind(Kind::Float)?)
-    };
+/// Where the factors of the gradient of `weight` go, if it waits.
+fn shelf(context: &Context<'_>, weight: &Tensor) -> Option<Shelf> {
+    context.deferred.filter(|_| weight.requires_grad()).map(|deferred| deferred.shelf(weight))
+}
+
+/// A linear map with a backward pass of our own.
+fn own(
+    form: Form,
+    shelf: Option<Shelf>,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor, EngineError> {
     let y = no_grad(|| -> Result<Tensor, TorchError> {
-        let y = rows(x)?.f_mm(&weight.f_to_kind(Kind::Float)?)?;
+        let y = match form {
+            Form::OutIn => product(&rows(x)?, &weight.f_tr()?)?,
+            Form::InOut => product(&rows(x)?, weight)?,
+        };
         let y = match bias {
             Some(bias) => y.f_add(bias)?,
             None => y,
         };
         let mut size = x.size();
-        *size.last_mut().expect("a linear map's input has a dimension") = weight.size()[1];
+        let num_outputs = y.size()[1];
+        *size.last_mut().expect("a linear map's input has a dimension") = num_outputs;
         Ok(y.f_to_kind(x.kind())?.f_view(size.as_slice())?)
     })?;
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     let num_inputs = inputs.len();
     link(&inputs, &[&y], &[Saved::Input(x), Saved::Input(weight)], move |args| {
-        let nothing = || Ok((0..num_inputs).map(|_| None).collect());
-        let [x, weight] = &args.saved[..] else { return nothing() };
-        let Some(dy) = &args.grads[0] else { return nothing() };
-        let dy = rows(dy)?;
-        let wanted = |input: usize| args.wanted.get(input).copied().unwrap_or(false);
-        let mut grads: Vec<Option<Tensor>> = Vec::with_capacity(num_inputs);
-        grads.push(match wanted(0) {
-            true => {
-                let dx = dy.f_mm(&weight.f_to_kind(Kind::Float)?.f_tr()?)?;
-                Some(dx.f_to_kind(x.kind())?.f_view(x.size().as_slice())?)
-            }
-            false => None,
-        });
-        grads.push(match wanted(1) {
-            true => Some(rows(x)?.f_tr()?.f_mm(&dy)?.f_to_kind(weight.kind())?),
-            false => None,
-        });
-        if num_inputs == 3 {
-            grads.push(match wanted(2) {
-                true => Some(dy.f_sum_dim_intlist([0].as_slice(), false, Kind::Float)?.f_to_kind(x.kind())?),
-                false => None,
-            });
+        let mut grads: Vec<Option<Tensor>> = (0..num_inputs).map(|_| None).collect();
+        let ([x, weight], Some(dy)) = (&args.saved[..], &args.grads[0]) else { return Ok(grads) };
+        let is_wanted = |input: usize| args.wanted.get(input).copied().unwrap_or(false);
+        let kind = x.kind();
+        if is_wanted(0) {
+            let dx = match form {
+                Form::OutIn => product(&rows(dy)?, weight)?,
+                Form::InOut => product(&rows(dy)?, &weight.f_tr()?)?,
+            };
+            grads[0] = Some(dx.f_to_kind(kind)?.f_view(x.size().as_slice())?);
+        }
+        match &shelf {
+            _ if is_wanted(1) => grads[1] = Some(weight_grad(form, x, dy)?),
+            Some(shelf) => shelf.put(form, x, dy),
+            None => {}
+        }
+        if is_wanted(2) {
+            let sum = rows(dy)?.f_sum_dim_intlist([0].as_slice(), false, Kind::Float)?;
+            grads[2] = Some(sum.f_to_kind(kind)?);
         }
         Ok(grads)
     })?;
     Ok(y)
+}
+
+/// The gradient of a linear map's matrix.
+pub(crate) fn weight_grad(form: Form, x: &Tensor, dy: &Tensor) -> Result<Tensor, TorchError> {
+    let (x, dy) = (rows(x)?, rows(dy)?);
+    let grad = match form {
+        Form::OutIn => product(&dy.f_tr()?, &x)?,
+        Form::InOut => product(&x.f_tr()?, &dy)?,
+    };
+    Ok(grad.f_to_kind(x.kind())?)
+}
+
+/// `[.., width]` as `[rows, width]`.
+fn rows(x: &Tensor) -> Result<Tensor, TorchError> {
+    Ok(x.f_reshape([-1, x.size()[x.dim() - 1]])?)
+}
+
+/// `a @ b`, in f32 where the processor is slow at the elements' own type.
+fn product(a: &Tensor, b: &Tensor) -> Result<Tensor, TorchError> {
+    if multiplies_in_f32(&[a, b]) {
+        return Ok(a.f_to_kind(Kind::Float)?.f_mm(&b.f_to_kind(Kind::Float)?)?);
+    }
+    Ok(a.f_mm(b)?)
 }

@@ -15,6 +15,7 @@ mod swiglu;
 
 pub use attention::{causal_attention, causal_attention_plain, dropped_causal_attention};
 pub use dropout::Dropout;
+pub(crate) use linear::weight_grad;
 pub use linear::{conv1d, linear};
 pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_plain};
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};

@@ -142,9 +142,9 @@ pub fn row_linear(
     bias: Option<&Tensor>,
 ) -> Result<Tensor, EngineError> {
     if ranks(context).is_none() {
-        return linear(x, weight, bias);
+        return linear(context, x, weight, bias);
     }
-    add(leave(context, &linear(x, weight, None)?)?, bias)
+    add(leave(context, &linear(context, x, weight, None)?)?, bias)
 }
 
 /// [`conv1d`] by a matrix cut by its inputs; the bias is whole and added once.
@@ -160,9 +160,9 @@ pub fn row_conv1d(
     bias: Option<&Tensor>,
 ) -> Result<Tensor, EngineError> {
     if ranks(context).is_none() {
-        return conv1d(x, weight, bias);
+        return conv1d(context, x, weight, bias);
     }
-    add(leave(context, &conv1d(x, weight, None)?)?, bias)
+    add(leave(context, &conv1d(context, x, weight, None)?)?, bias)
 }
 
 fn add(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor, EngineError> {

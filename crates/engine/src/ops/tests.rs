@@ -4,7 +4,7 @@ use half::f16;
 use shardwise_torch::{Device, Kind, Tensor, autograd, no_grad};
 
 use super::*;
-use crate::{Context, Randomness};
+use crate::{Context, DeferredWeights, Randomness};
 
 /// f32 forms differ in the order of additions only.
 const F32: f64 = 2e-5;
@@ -102,14 +102,14 @@ fn fused_and_plain_forms_agree() {
                 "linear",
                 kind,
                 &[&x, &weight, &bias],
-                &|| linear(&x, &weight, Some(&bias)).unwrap(),
+                &|| linear(&asking(), &x, &weight, Some(&bias)).unwrap(),
                 &|| x.linear(&weight, Some(&bias)),
             );
             compare(
                 "linear without bias",
                 kind,
                 &[&x, &weight],
-                &|| linear(&x, &weight, None).unwrap(),
+                &|| linear(&asking(), &x, &weight, None).unwrap(),
                 &|| x.linear(&weight, None::<Tensor>),
             );
             let turned = leaf(&[heads * width, 31], kind);
@@ -117,7 +117,7 @@ fn fused_and_plain_forms_agree() {
                 "conv1d",
                 kind,
                 &[&x, &turned, &bias],
-                &|| conv1d(&x, &turned, Some(&bias)).unwrap(),
+                &|| conv1d(&asking(), &x, &turned, Some(&bias)).unwrap(),
                 &|| x.matmul(&turned) + &bias,
             );
 
@@ -132,6 +132,10 @@ fn fused_and_plain_forms_agree() {
             );
         }
     }
+}
+
+fn asking() -> Context<'static> {
+    Context::inference(None)
 }
 
 /// A context in which rows are dropped from.
@@ -249,10 +253,37 @@ fn frozen_tensors_have_no_gradient_of_the_head() {
 fn a_frozen_linear_map_passes_gradients_on() {
     for kind in [Kind::Float, Kind::Half] {
         let (x, weight) = (leaf(&[3, 8], kind), leaf(&[5, 8], kind));
-        let frozen = linear(&x, &weight.detach(), None).unwrap();
-        let whole = linear(&x, &weight, None).unwrap();
+        let frozen = linear(&asking(), &x, &weight.detach(), None).unwrap();
+        let whole = linear(&asking(), &x, &weight, None).unwrap();
         assert!(grads(&frozen, 2.0, &[&x])[0].equal(&grads(&whole, 2.0, &[&x])[0]));
-        assert!(!linear(&x.detach(), &weight.detach(), None).unwrap().requires_grad());
+        assert!(!linear(&asking(), &x.detach(), &weight.detach(), None).unwrap().requires_grad());
+    }
+}
+
+/// The backward pass for a zero-bubble schedule: the matrix's gradient is made of what was set aside, and is the same.
+#[test]
+fn a_gradient_that_waits_is_the_gradient() {
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        let (x, bias) = (leaf(&[3, 5, 8], kind), leaf(&[6], kind));
+        for (weight, is_turned) in [(leaf(&[6, 8], kind), false), (leaf(&[8, 6], kind), true)] {
+            let map = |context: &Context<'_>| match is_turned {
+                false => linear(context, &x, &weight, Some(&bias)).unwrap(),
+                true => conv1d(context, &x, &weight, Some(&bias)).unwrap(),
+            };
+            let (deferred, at_once) = (DeferredWeights::default(), map(&asking()));
+            let later = map(&Context { deferred: Some(&deferred), ..asking() });
+            let dy = Tensor::randn(later.size(), (Kind::Float, Device::Cpu)).to_kind(kind);
+            let expected = autograd::grad(&[&at_once], &[Some(&dy)], &[&x, &bias, &weight]).unwrap();
+            assert!(deferred.waits(&weight) && !deferred.waits(&bias));
+            assert!(deferred.grad(&weight).unwrap().is_none(), "nothing has gone backward yet");
+            let mut found = autograd::grad(&[&later], &[Some(&dy)], &[&x, &bias]).unwrap();
+            found.push(deferred.grad(&weight).unwrap());
+            for (found, expected) in found.iter().zip(&expected) {
+                let exact = |x: &Option<Tensor>| x.as_ref().unwrap().to_kind(Kind::Double);
+                let gap = (exact(found) - exact(expected)).norm() / exact(expected).norm();
+                assert!(gap.double_value(&[]) < tolerance(kind), "{kind:?}");
+            }
+        }
     }
 }
 

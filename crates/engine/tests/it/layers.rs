@@ -47,8 +47,8 @@ impl Layer for Dense {
         }
     }
 
-    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
-        Ok(ops::linear(x, params.get("weight")?, Some(params.get("bias")?))?.f_tanh()?)
+    fn forward(&self, context: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+        Ok(ops::linear(context, x, params.get("weight")?, Some(params.get("bias")?))?.f_tanh()?)
     }
 }
 
@@ -135,9 +135,9 @@ impl Layer for Block {
         LayerSpec { name: "block".into(), params }
     }
 
-    fn forward(&self, _: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
+    fn forward(&self, context: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
         let (b, t, _) = x.size3()?;
-        let linear = |key: &str, x: &Tensor| ops::linear(x, params.get(key)?, None);
+        let linear = |key: &str, x: &Tensor| ops::linear(context, x, params.get(key)?, None);
         let heads = |x: Tensor| -> Result<Tensor, EngineError> {
             Ok(x.f_view([b, t, -1, HEAD_DIM as i64])?.f_transpose(1, 2)?)
         };
@@ -164,7 +164,7 @@ impl Layer for Head {
         let x = x.f_add(params.get("bias")?)?;
         match context.target {
             Some(target) => ops::linear_cross_entropy(&x, params.get("proj")?, target),
-            None => ops::linear(&x, params.get("proj")?, None),
+            None => ops::linear(context, &x, params.get("proj")?, None),
         }
     }
 }
