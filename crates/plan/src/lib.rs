@@ -11,7 +11,6 @@
 //! | [`local`] | which elements of a cut parameter are which of the whole one? |
 //! | [`pattern`] | which parameters does a name with `*` in it mean? |
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
-//! | [`schedule`] | in what order does a rank that holds every layer run forward, backward and step? |
 //! | [`pipeline`] | which layers does a pipeline stage hold, and in what order does it run them? |
 //! | [`activations`] | what becomes of a layer's activations until its backward? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
@@ -29,12 +28,12 @@ pub mod layout;
 pub mod local;
 pub mod memory;
 pub mod mesh;
+mod overlap;
 pub mod param;
 pub mod pattern;
 pub mod pipeline;
 pub mod planner;
 pub mod run;
-mod overlap;
 pub mod share;
 mod stage;
 pub mod tensor;
@@ -46,8 +45,8 @@ pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use local::LocalBlock;
 pub use mesh::{Axis, Coordinates, Mesh};
+pub use overlap::Overlap;
 pub use param::{Init, LayerSpec, ParamSpec};
 pub use pattern::NamePattern;
-pub use overlap::Overlap;
 pub use stage::ZeroStage;
 pub use tensor::{SplitError, SplitUnits, TensorSplit};
