@@ -23,7 +23,7 @@ use serde::Serialize;
 
 pub use head::HeadShape;
 pub(crate) use layers::first_backward;
-pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, WeightGrads, layer_params};
+pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, Learning, layer_params};
 pub use state::{ModelState, StateWidths};
 
 use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
@@ -34,9 +34,6 @@ const RUNTIME: Bytes = Bytes(150 << 20);
 
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
 pub const NUM_REDUCING: usize = 3;
-
-/// Buffers of a pipeline stage for messages: in each direction one that comes and one that goes.
-const NUM_MESSAGES: usize = 4;
 
 /// What the ranks of one host show each other at a time, together: 2 MiB in each of two phases, divided among them.
 pub const STAGING: Bytes = Bytes(4 << 20);
@@ -100,7 +97,7 @@ impl MemoryPlan {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment =
             layers::peak(load.layers, load.flow.as_ref(), load.microbatch_tokens, load.compute_bytes);
-        let message = load.flow.map_or(0, |flow| flow.message * load.microbatch_tokens);
+        let message = load.flow.map_or(0, |flow| flow.num_messages * flow.message * load.microbatch_tokens);
         let staging = if load.world_size > 1 { STAGING } else { Bytes(0) };
         let mut plan = MemoryPlan {
             stage,
@@ -110,7 +107,7 @@ impl MemoryPlan {
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
-            messages: Bytes::of(NUM_MESSAGES * message, load.compute_bytes),
+            messages: Bytes::of(message, load.compute_bytes),
             staging,
             runtime: RUNTIME,
             saving: Bytes::of(largest, size_of::<f32>()),
@@ -230,6 +227,7 @@ mod tests {
             params,
             activations: activations[0],
             input: 1,
+            learns: Learning::Input,
             policy: ActivationPolicy::Keep,
         };
         let layers: Vec<_> = params.iter().map(load).collect();
