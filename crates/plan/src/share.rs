@@ -141,7 +141,7 @@ impl Step<'_> {
             units: &share.units,
             layers: &self.loads(share),
             flow: self.flow(share),
-            world_size: self.mesh.world_size(),
+            num_groups: self.num_groups(share),
             compute_bytes: self.compute_bytes,
             widths: self.widths,
             microbatch_tokens: self.microbatch_tokens,
@@ -149,6 +149,14 @@ impl Step<'_> {
             overlap: self.overlap,
         };
         MemoryPlan::new(&load, zero)
+    }
+
+    /// Groups of the axes, of the messages to and from each neighbour, and of stages that share a parameter.
+    fn num_groups(&self, share: &Share) -> usize {
+        let of_axes =
+            [Axis::Data, Axis::Tensor].into_iter().filter(|&axis| self.mesh.degree(axis) > 1).count();
+        let of_messages = self.flow(share).map_or(0, |flow| flow.num_messages);
+        of_axes + of_messages + share.shared.len().min(1)
     }
 
     fn loads<'b>(&self, share: &'b Share) -> Vec<LayerLoad<'b>> {

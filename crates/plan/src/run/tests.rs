@@ -175,6 +175,8 @@ fn each_axis_sends_its_own() {
     let table = plan.stages[0].units.iter().find(|unit| unit.name.ends_with("weight")).unwrap();
     let expected = 3 * 64 * 32 * 2 + 4 * table.shard_numel() as u64;
     assert_eq!(plan.stages[0].traffic.pipeline, Bytes(expected));
+    // Groups of the data axis, of the table, and of messages in two directions.
+    assert_eq!(plan.memory().staging, Bytes(4 * (4 << 20)));
     assert_eq!(plan.busiest(), plan.stages.iter().map(|stage| stage.traffic.total()).max().unwrap());
     // With split tokens the gradients of norms are sums over the group.
     let split = on([1, 1, 2], false, |shape| shape.sequence = SequenceParallel::On);
