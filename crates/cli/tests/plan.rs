@@ -145,6 +145,29 @@ fn a_schedule_is_drawn_as_text_and_as_an_image() {
 }
 
 #[test]
+fn the_example_of_the_documentation_plans_what_it_shows() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/parallelism.md");
+    let docs = std::fs::read_to_string(docs).unwrap();
+    let mut blocks = docs.split("```").skip(1).step_by(2);
+    let run = blocks.next().unwrap().strip_prefix("toml\n").unwrap();
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("run.toml"), run).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardwise"));
+    let plan = command.args(["plan", "run.toml", "-n", "8"]).current_dir(folder.path()).output().unwrap();
+    let drawn = Command::new(env!("CARGO_BIN_EXE_shardwise"))
+        .args(["plan", "run.toml", "-n", "8", "--schedule"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let shown = text(&plan.stdout) + &text(&drawn.stdout);
+    let shows = |block: &str| shown.contains(block.trim_start_matches('\n'));
+    let examples: Vec<_> =
+        blocks.filter(|block| block.contains("  pipeline  ") || block.contains("stage")).collect();
+    let shown_here = examples.iter().filter(|block| shows(block)).count();
+    assert_eq!(shown_here, 3, "groups, stages and timeline\n{shown}\n{examples:#?}");
+}
+
+#[test]
 fn a_mesh_is_shown_stage_by_stage_with_its_groups() {
     let mesh = r#"parallel={"pipeline": 2, "tensor": 2, "schedule": "zero-bubble", "stages": "time", "sequence": true}"#;
     let sets = ["-n", "8", "--set", mesh, "--set", "model.config.tie_word_embeddings=true"];

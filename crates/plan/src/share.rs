@@ -7,16 +7,18 @@
 //! | axis | what is sent |
 //! |---|---|
 //! | data | gradients and parameters ([`crate::traffic`]) |
-//! | tensor | sums within layers; with split tokens, gathers for the backward pass, and gradients of what every rank has whole |
+//! | tensor | sums within layers; gradients of shared heads, and with split tokens of what every rank has whole |
 //! | pipeline | outputs of a chunk and gradients of its input; the sum of gradients of parameters that stages share |
 //!
 //! The plan of a run and the search for layouts both ask here, so they agree.
 
+use std::cmp::Ordering;
 use std::collections::HashSet;
+use std::ops::Range;
 
 use crate::layout::units_on_stage;
 use crate::memory::{
-    Flow, LayerActivations, LayerLoad, LayerParams, MemoryPlan, StateWidths, WeightGrads, Workload,
+    Flow, LayerActivations, LayerLoad, LayerParams, Learning, MemoryPlan, StateWidths, Workload,
     first_backward, layer_params,
 };
 use crate::pipeline::{ScheduleKind, Stages};
@@ -36,6 +38,8 @@ pub struct Share {
     params: Vec<LayerParams>,
     /// Units of parameters that other stages hold too, with the number of stages.
     shared: Vec<(usize, usize)>,
+    /// The first layer of the model that has a trainable parameter.
+    first_learner: usize,
     /// Elements sent when the gradients of one micro-batch are summed over the tensor group.
     summed_numel: usize,
 }
@@ -51,6 +55,8 @@ impl Share {
     ) -> Vec<Share> {
         let shared = stages.shared_params(layers);
         let names: HashSet<String> = shared.iter().map(|param| param.name.clone()).collect();
+        let learns = |layer: &LayerSpec| layer.params.iter().any(|param| !is_frozen(&param.name));
+        let first_learner = layers.iter().position(learns).unwrap_or(layers.len());
         let share = |stage| {
             let indices: Vec<usize> = stages.layers_of(stage).collect();
             let own: Vec<LayerSpec> = indices.iter().map(|&layer| layers[layer].clone()).collect();
@@ -64,6 +70,7 @@ impl Share {
                 layers: indices,
                 params: layer_params(&own, &units),
                 shared: units.iter().enumerate().filter_map(here).collect(),
+                first_learner,
                 summed_numel: summed_numel(&units, mesh.degree(Axis::Tensor), sequence),
                 units,
             }
@@ -134,7 +141,7 @@ impl Step<'_> {
             units: &share.units,
             layers: &self.loads(share),
             flow: self.flow(share),
-            world_size: self.mesh.world_size(),
+            num_groups: self.num_groups(share),
             compute_bytes: self.compute_bytes,
             widths: self.widths,
             microbatch_tokens: self.microbatch_tokens,
@@ -144,11 +151,24 @@ impl Step<'_> {
         MemoryPlan::new(&load, zero)
     }
 
+    /// Groups of the axes, of the messages to and from each neighbour, and of stages that share a parameter.
+    fn num_groups(&self, share: &Share) -> usize {
+        let of_axes =
+            [Axis::Data, Axis::Tensor].into_iter().filter(|&axis| self.mesh.degree(axis) > 1).count();
+        let of_messages = self.flow(share).map_or(0, |flow| flow.num_messages);
+        of_axes + of_messages + share.shared.len().min(1)
+    }
+
     fn loads<'b>(&self, share: &'b Share) -> Vec<LayerLoad<'b>> {
         let load = |(&layer, params): (&usize, &'b LayerParams)| LayerLoad {
             params,
             activations: self.activations[layer],
             input: self.input(layer),
+            learns: match layer.cmp(&share.first_learner) {
+                Ordering::Less => Learning::Nothing,
+                Ordering::Equal => Learning::Params,
+                Ordering::Greater => Learning::Input,
+            },
             policy: self.policies[layer],
         };
         share.layers.iter().zip(&share.params).map(load).collect()
@@ -162,16 +182,25 @@ impl Step<'_> {
     fn flow(&self, share: &Share) -> Option<Flow> {
         (self.stages.num_stages() > 1).then(|| {
             let num_chunks = self.schedule.map_or(1, ScheduleKind::num_chunks);
-            let starts = (0..num_chunks).map(|chunk| self.stages.layers(share.stage, chunk).start);
+            let chunks = || (0..num_chunks).map(|chunk| self.stages.layers(share.stage, chunk));
+            let num_layers = self.activations.len();
+            let is_recomputed = |chunk: &Range<usize>| self.policies[chunk.end - 1].recomputes();
+            let [before, after] =
+                [chunks().any(|chunk| chunk.start > 0), chunks().any(|chunk| chunk.end < num_layers)];
             Flow {
                 alive: self.alive(share.stage),
-                num_chunks,
-                received: starts.map(|layer| self.input(layer)).sum(),
-                message: self.boundary_numel(),
-                weights: match self.schedule {
-                    Some(ScheduleKind::ZeroBubble) => WeightGrads::Later,
-                    _ => WeightGrads::AtOnce,
+                waiting: match self.schedule {
+                    Some(ScheduleKind::ZeroBubble) => self.num_microbatches.min(share.stage + 1),
+                    _ => 0,
                 },
+                num_chunks,
+                received: chunks().map(|chunk| self.input(chunk.start)).sum(),
+                sent: chunks()
+                    .filter(is_recomputed)
+                    .map(|chunk| self.activations[chunk.end - 1].output)
+                    .sum(),
+                message: self.boundary_numel(),
+                num_messages: 2 * (usize::from(before) + usize::from(after)),
             }
         })
     }
@@ -211,11 +240,12 @@ impl Step<'_> {
     /// What of it goes along the data axis, in elements too.
     pub fn data_traffic(&self, share: &Share) -> Traffic {
         let loads = self.loads(share);
-        let first = first_backward(&loads, self.flow(share).as_ref());
+        let first = first_backward(&loads);
         let mut num_gathers = vec![0; share.units.len()];
         for (i, load) in loads.iter().enumerate() {
-            // For the forward pass, and for the backward pass if there is one.
-            load.params.units.iter().for_each(|&unit| num_gathers[unit] += if i < first { 1 } else { 2 });
+            // For the forward pass, and for the backward pass if there is one. Gradients of weights that wait need no weights.
+            let uses = if i < first { 1 } else { 2 };
+            load.params.units.iter().for_each(|&unit| num_gathers[unit] += uses);
         }
         Traffic::new(&share.units, self.zero, self.num_microbatches, self.compute_bytes, |unit| {
             num_gathers[unit]
@@ -227,11 +257,13 @@ impl Step<'_> {
         if num_stages == 1 {
             return Bytes(0);
         }
-        // Of every chunk the output goes on and the input's gradient goes back, but for the ends of the model.
+        // Of every chunk the output goes on and the input's gradient goes back, but for the ends of the model, and for what is
+        // before the first parameter that is trained.
         let parts = self.stages.parts().iter().skip(share.stage).step_by(num_stages);
         let num_layers = self.activations.len();
-        let messages: u64 =
-            parts.map(|part| u64::from(part.end < num_layers) + u64::from(part.start > 0)).sum();
+        let messages: u64 = parts
+            .map(|part| u64::from(part.end < num_layers) + u64::from(part.start > share.first_learner))
+            .sum();
         let shared = |&(unit, holders): &(usize, usize)| {
             let unit = &share.units[unit];
             // A rank sums what it updates.
@@ -245,23 +277,32 @@ impl Step<'_> {
     /// What a rank sends to its tensor group for one layer and micro-batch.
     ///
     /// An all-reduce sends 2 (T - 1) / T of the activations, and so do the all-gather and reduce-scatter in its place where
-    /// tokens are split; then the inputs of both pairs of linear layers are gathered for their backward once more.
+    /// tokens are split.
     pub fn tensor_bytes(&self, layer: usize, pass: Pass) -> Bytes {
         let degree = self.mesh.degree(Axis::Tensor) as u64;
         let whole = Bytes::of(self.microbatch_tokens * self.hidden_size, self.compute_bytes).0;
         let recomputes = u64::from(self.policies[layer].recomputes());
-        let gathers = u64::from(self.sequence == SequenceParallel::On);
         let (first, last) = (layer == 0, layer + 1 == self.activations.len());
         // In halves of an all-reduce: of a block's two sums, of the vocabulary's parts, of the gradient of the head's input.
+        // Where tokens are split, the latter two are one half in each direction.
+        let is_split = self.sequence == SequenceParallel::On;
         let halves = match pass {
+            _ if (first || last) && is_split => 1,
             Pass::Forward if first => 2,
             Pass::Forward if last => 0,
             Pass::Forward => 4,
             Pass::Backward if first => 0,
             Pass::Backward if last => 2,
-            Pass::Backward => 4 + 4 * recomputes + 2 * gathers,
+            Pass::Backward => 4 + 4 * recomputes,
         };
-        Bytes(halves * whole * (degree - 1) / degree)
+        let sums = Bytes(halves * whole * (degree - 1) / degree);
+        match pass {
+            // Of each token's scores: the largest, a sum, and that of the target.
+            Pass::Forward if last => {
+                sums + Bytes::of(self.microbatch_tokens * (degree as usize - 1) * 3, size_of::<f32>())
+            }
+            _ => sums,
+        }
     }
 }
 

@@ -51,8 +51,21 @@ pub struct LayerLoad<'a> {
     pub activations: LayerActivations,
     /// Elements of its input for each token: the output of the layer before, which may be on another stage.
     pub input: usize,
+    /// How far gradients go.
+    pub learns: Learning,
     /// What becomes of it until its backward.
     pub policy: ActivationPolicy,
+}
+
+/// How far gradients go through a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learning {
+    /// Nowhere: neither it nor a layer before it has a trainable parameter.
+    Nothing,
+    /// To its parameters.
+    Params,
+    /// To its input, which a layer before it needs.
+    Input,
 }
 
 /// How micro-batches go through the layers of a pipeline stage.
@@ -60,23 +73,18 @@ pub struct LayerLoad<'a> {
 pub struct Flow {
     /// The most chunk-wise micro-batches whose activations are kept.
     pub alive: usize,
+    /// How many of these wait for the gradients of weights only; 0 where those are made with the gradient of the input.
+    pub waiting: usize,
     /// Chunks of layers.
     pub num_chunks: usize,
     /// Elements for each token that come from other stages, for all chunks together, and stay as inputs.
     pub received: usize,
+    /// Elements for each token that are sent on and not kept: outputs of chunks whose last layer is recomputed from its input.
+    pub sent: usize,
     /// Elements for each token of a message to another stage or from it.
     pub message: usize,
-    /// When gradients of weights are made.
-    pub weights: WeightGrads,
-}
-
-/// When gradients of weights are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightGrads {
-    /// With the gradient of the input.
-    AtOnce,
-    /// When the stage would be idle; until then gradients of outputs stay.
-    Later,
+    /// Messages that have a buffer: from and to each neighbour one.
+    pub num_messages: usize,
 }
 
 /// The most that is held at one moment.
@@ -123,13 +131,9 @@ pub fn layer_params(layers: &[LayerSpec], units: &[UnitLayout]) -> Vec<LayerPara
     layers.iter().map(params).collect()
 }
 
-/// The first layer that goes backward: there is nothing to do before the first trainable parameter. In a pipeline all do, for
-/// the schedule is the same whatever is trained.
-pub(crate) fn first_backward(layers: &[LayerLoad<'_>], flow: Option<&Flow>) -> usize {
-    if flow.is_some() {
-        return 0;
-    }
-    layers.iter().position(|layer| !layer.params.trained.is_empty()).unwrap_or(layers.len())
+/// The first layer that goes backward.
+pub(crate) fn first_backward(layers: &[LayerLoad<'_>]) -> usize {
+    layers.iter().position(|layer| layer.learns != Learning::Nothing).unwrap_or(layers.len())
 }
 
 /// The moment at which the layers hold most, in micro-batches of `tokens`.
@@ -140,7 +144,7 @@ pub(super) fn peak(
     compute_bytes: usize,
 ) -> Moment {
     let bytes = |per_token: usize| Bytes::of(per_token * tokens, compute_bytes);
-    let first = first_backward(layers, flow);
+    let first = first_backward(layers);
     // What stays of a layer when its forward is done, and what goes.
     let stays = |i: usize, layer: &LayerLoad<'_>| {
         let LayerActivations { kept, output, .. } = layer.activations;
@@ -158,6 +162,10 @@ pub(super) fn peak(
             Some(_) => (kept + output, 0),
         }
     };
+    let dinput = |layer: &LayerLoad<'_>| match layer.learns {
+        Learning::Input => bytes(layer.input),
+        Learning::Nothing | Learning::Params => Bytes(0),
+    };
     let mut peak = Moment::default();
     let mut kept = vec![flow.map_or(Bytes(0), |flow| waiting_elsewhere(layers, flow, bytes))];
     for (i, layer) in layers.iter().enumerate() {
@@ -169,26 +177,53 @@ pub(super) fn peak(
         peak.raise_to(Moment { activations: now, layer_grads: Bytes(0), temporaries });
     }
 
+    // Where gradients of weights come later, all of a micro-batch stays until then, and gradients of outputs with it.
+    let comes_later = flow.is_some_and(|flow| flow.waiting > 0);
+    let mut later = vec![kept[0]];
+    if comes_later {
+        later.extend(layers.iter().scan(kept[0], |sum, layer| {
+            *sum += bytes(whole(layer));
+            Some(*sum)
+        }));
+        let all = *later.last().expect("at least what waits elsewhere");
+        for (i, layer) in layers.iter().enumerate().skip(first).rev() {
+            let LayerActivations { kept: again, output, backward, .. } = layer.activations;
+            let again = if layer.policy.recomputes() { bytes(again) } else { Bytes(0) };
+            let after = Bytes(all.0 - later[i + 1].0);
+            let temporaries = bytes(backward + output) + dinput(layer);
+            peak.raise_to(Moment {
+                activations: kept[i + 1] + again + after,
+                layer_grads: Bytes(0),
+                temporaries,
+            });
+        }
+    }
+
     let num_units = layers.iter().flat_map(|layer| &layer.params.units).max().map_or(0, |last| last + 1);
     let mut uses_left = vec![0usize; num_units];
     layers.iter().flat_map(|layer| &layer.params.units).for_each(|&unit| uses_left[unit] += 1);
     // Gradients that wait for another layer, by unit and slot.
     let mut waiting: Vec<((usize, usize), Bytes)> = Vec::new();
     for (i, layer) in layers.iter().enumerate().skip(first).rev() {
-        let doutput = bytes(layer.activations.output);
-        let dinput = if i > first || flow.is_some() { bytes(layer.input) } else { Bytes(0) };
+        let dinput = dinput(layer);
         let trained = &layer.params.trained;
         let own: Bytes = trained.iter().map(|&(_, _, numel)| Bytes::of(numel, compute_bytes)).sum();
         let layer_grads = waiting.iter().map(|&(_, grad)| grad).sum::<Bytes>() + own;
-        let temporaries = bytes(layer.activations.backward) + doutput + dinput;
-        let again = if layer.policy.recomputes() { bytes(layer.activations.kept) } else { Bytes(0) };
-        peak.raise_to(Moment { activations: kept[i + 1] + again, layer_grads, temporaries });
+        let LayerActivations { kept: again, output, backward, .. } = layer.activations;
+        let (activations, temporaries) = if comes_later {
+            (later[i + 1], bytes(backward))
+        } else {
+            let again = if layer.policy.recomputes() { bytes(again) } else { Bytes(0) };
+            (kept[i + 1] + again, bytes(backward + output) + dinput)
+        };
+        peak.raise_to(Moment { activations, layer_grads, temporaries });
         for &(unit, slot, numel) in trained {
             let grad = Bytes::of(numel, compute_bytes);
             if waiting.iter().any(|&(place, _)| place == (unit, slot)) {
                 // The sum of the two is a third, for a moment.
                 let layer_grads = layer_grads + grad;
-                peak.raise_to(Moment { activations: kept[i], layer_grads, temporaries: dinput });
+                let activations = if comes_later { later[i] } else { kept[i] };
+                peak.raise_to(Moment { activations, layer_grads, temporaries: dinput });
             } else if uses_left[unit] > 1 {
                 waiting.push(((unit, slot), grad));
             }
@@ -203,23 +238,40 @@ pub(super) fn peak(
     peak
 }
 
+/// Elements for each token that a layer holds until the gradients of its weights, where those come later: what its graph saved,
+/// its output, and the gradient of that.
+fn whole(layer: &LayerLoad<'_>) -> usize {
+    match layer.learns {
+        Learning::Nothing => 0,
+        Learning::Params | Learning::Input => layer.activations.kept + 2 * layer.activations.output,
+    }
+}
+
 /// What a pipeline stage holds besides the micro-batch that it works on: the others that are alive, and the inputs of this one.
 fn waiting_elsewhere(layers: &[LayerLoad<'_>], flow: &Flow, bytes: impl Fn(usize) -> Bytes) -> Bytes {
+    if first_backward(layers) == layers.len() {
+        return Bytes(0);
+    }
     let kept = |layer: &LayerLoad<'_>| {
         let LayerActivations { kept, output, .. } = layer.activations;
-        if layer.policy.recomputes() { output } else { kept + output }
+        match layer.learns {
+            Learning::Nothing => 0,
+            _ if layer.policy.recomputes() => output,
+            _ => kept + output,
+        }
     };
-    let deferred = match flow.weights {
-        WeightGrads::AtOnce => 0,
-        WeightGrads::Later => layers.iter().map(|layer| layer.activations.output).sum(),
-    };
-    let one = bytes(flow.received + layers.iter().map(kept).sum::<usize>() + deferred);
-    let others = flow.alive.saturating_sub(flow.num_chunks) as u64;
-    bytes(flow.received) + Bytes(one.0 * others / flow.num_chunks as u64)
+    let one = bytes((flow.received + layers.iter().map(kept).sum::<usize>()).saturating_sub(flow.sent));
+    let late = bytes(flow.received + layers.iter().map(whole).sum::<usize>());
+    // This micro-batch is one that waits, or it is all its chunks.
+    let num_late = flow.waiting.saturating_sub(1) as u64;
+    let others = flow.alive.saturating_sub(flow.waiting.max(flow.num_chunks)) as u64;
+    bytes(flow.received) + Bytes(late.0 * num_late + one.0 * others / flow.num_chunks as u64)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Ordering;
+
     use super::*;
     use crate::layout::units_of;
     use crate::{ActivationRules, Init, ParamSpec};
@@ -232,10 +284,17 @@ mod tests {
     ) -> Vec<LayerLoad<'a>> {
         let policies = rules.policies(layers.iter().map(|layer| layer.name.as_str()));
         let input = |i: usize| if i > 0 { activations[i - 1].output } else { 0 };
+        let first = params.iter().position(|params| !params.trained.is_empty()).unwrap_or(params.len());
+        let learns = |i: usize| match i.cmp(&first) {
+            Ordering::Less => Learning::Nothing,
+            Ordering::Equal => Learning::Params,
+            Ordering::Greater => Learning::Input,
+        };
         let load = |(i, params)| LayerLoad {
             params,
             activations: activations[i],
             input: input(i),
+            learns: learns(i),
             policy: policies[i],
         };
         params.iter().enumerate().map(load).collect()
@@ -331,20 +390,32 @@ mod tests {
         let units = units_of(&layers[1..2], 2, |_| false);
         let params = layer_params(&layers[1..2], &units);
         let activations = LayerActivations { kept: 1000, output: 10, forward: 3, backward: 5, fixed: 0 };
-        let load = |policy| LayerLoad { params: &params[0], activations, input: 20, policy };
-        let flow = |alive, weights| Flow { alive, num_chunks: 1, received: 20, message: 20, weights };
-        let at = |policy, alive, weights| peak(&[load(policy)], Some(&flow(alive, weights)), 1, 1);
+        let load = |policy| LayerLoad {
+            params: &params[0],
+            activations,
+            input: 20,
+            learns: Learning::Input,
+            policy,
+        };
+        let at = |policy, alive, waiting| {
+            let sent = if policy == ActivationPolicy::Recompute { 10 } else { 0 };
+            let flow =
+                Flow { alive, waiting, num_chunks: 1, received: 20, sent, message: 20, num_messages: 4 };
+            peak(&[load(policy)], Some(&flow), 1, 1)
+        };
         use ActivationPolicy::{Keep, Recompute};
-        use WeightGrads::{AtOnce, Later};
-        // Temporaries are the layer's own and the gradients of its output and its input.
-        let expected = |activations| Moment {
+        let expected = |activations, temporaries| Moment {
             activations: Bytes(activations),
             layer_grads: Bytes(100),
-            temporaries: Bytes(5 + 10 + 20),
+            temporaries: Bytes(temporaries),
         };
-        assert_eq!(at(Keep, 1, AtOnce), expected(20 + 1010));
-        assert_eq!(at(Keep, 3, AtOnce), expected(3 * (20 + 1010)));
-        assert_eq!(at(Keep, 3, Later), expected(3 * (20 + 1010) + 2 * 10));
-        assert_eq!(at(Recompute, 3, AtOnce), expected(3 * (20 + 10) + 1000));
+        // Temporaries are the layer's own and the gradients of its output and its input.
+        assert_eq!(at(Keep, 1, 0), expected(20 + 1010, 35));
+        assert_eq!(at(Keep, 3, 0), expected(3 * (20 + 1010), 35));
+        // Of the other two the inputs stay.
+        assert_eq!(at(Recompute, 3, 0), expected(2 * 20 + 20 + 10 + 1000, 35));
+        // This one and another wait for the gradients of weights, with those of their outputs.
+        assert_eq!(at(Keep, 3, 2), expected(2 * (20 + 1020) + 20 + 1010, 5));
+        assert_eq!(at(Recompute, 3, 2), expected(2 * (20 + 1020) + 20, 5));
     }
 }

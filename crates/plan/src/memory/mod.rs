@@ -23,7 +23,7 @@ use serde::Serialize;
 
 pub use head::HeadShape;
 pub(crate) use layers::first_backward;
-pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, WeightGrads, layer_params};
+pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, Learning, layer_params};
 pub use state::{ModelState, StateWidths};
 
 use crate::{Bytes, Overlap, UnitLayout, ZeroStage};
@@ -35,10 +35,7 @@ const RUNTIME: Bytes = Bytes(150 << 20);
 /// Reductions on the side thread whose buffers are in use: two under way and one being filled.
 pub const NUM_REDUCING: usize = 3;
 
-/// Buffers of a pipeline stage for messages: in each direction one that comes and one that goes.
-const NUM_MESSAGES: usize = 4;
-
-/// What the ranks of one host show each other at a time, together: 2 MiB in each of two phases, divided among them.
+/// What the ranks of one group on a host show each other at a time, together: 2 MiB in each of two phases, divided among them.
 pub const STAGING: Bytes = Bytes(4 << 20);
 
 /// What a plan of memory depends on, for one rank.
@@ -50,8 +47,8 @@ pub struct Workload<'a> {
     pub layers: &'a [LayerLoad<'a>],
     /// How micro-batches go through them; `None` without a pipeline.
     pub flow: Option<Flow>,
-    /// All ranks.
-    pub world_size: usize,
+    /// Groups in which the rank exchanges more than a few numbers.
+    pub num_groups: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
     /// Bytes of an element of each kind of state.
@@ -100,8 +97,8 @@ impl MemoryPlan {
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment =
             layers::peak(load.layers, load.flow.as_ref(), load.microbatch_tokens, load.compute_bytes);
-        let message = load.flow.map_or(0, |flow| flow.message * load.microbatch_tokens);
-        let staging = if load.world_size > 1 { STAGING } else { Bytes(0) };
+        let message = load.flow.map_or(0, |flow| flow.num_messages * flow.message * load.microbatch_tokens);
+        let staging = Bytes(STAGING.0 * load.num_groups as u64);
         let mut plan = MemoryPlan {
             stage,
             state: ModelState::new(load.units, stage, load.grad_accum_steps, load.widths),
@@ -110,7 +107,7 @@ impl MemoryPlan {
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
-            messages: Bytes::of(NUM_MESSAGES * message, load.compute_bytes),
+            messages: Bytes::of(message, load.compute_bytes),
             staging,
             runtime: RUNTIME,
             saving: Bytes::of(largest, size_of::<f32>()),
@@ -230,6 +227,7 @@ mod tests {
             params,
             activations: activations[0],
             input: 1,
+            learns: Learning::Input,
             policy: ActivationPolicy::Keep,
         };
         let layers: Vec<_> = params.iter().map(load).collect();
@@ -237,7 +235,7 @@ mod tests {
             units: &units,
             layers: &layers,
             flow: None,
-            world_size: 2,
+            num_groups: 1,
             compute_bytes: 2,
             widths: StateWidths::adamw(2),
             microbatch_tokens: 100,

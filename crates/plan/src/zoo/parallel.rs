@@ -108,15 +108,16 @@ impl ModelConfig {
         };
         // Dropped attention of grouped queries holds keys and values for every head.
         let repeated = if widths.drops_attention && kv < q { 2 * q } else { 0 };
-        // Two normalised inputs and the residual; q, k, v and the attention's output; the MLP's own.
-        let kept = 3 * between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
+        // Two normalised inputs, which split tokens are gathered into, and the residual; q, k, v and the attention's output; the
+        // MLP's own.
+        let kept = 2 * d + between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
         // As for one rank: within the MLP one gradient is gone by the end; attention follows when what the MLP held is gone.
         let (within_mlp, gone) = match self {
-            ModelConfig::Llama(_) => (2 * f, mlp + between),
-            ModelConfig::Gpt2(_) => (f + between, mlp + between),
+            ModelConfig::Llama(_) => (2 * f, mlp + d),
+            ModelConfig::Gpt2(_) => (f + between, mlp + d),
         };
         let attention = (2 * (q + kv) + repeated + probabilities).saturating_sub(gone);
-        // Split tokens are gathered for a linear layer, and again for its backward.
+        // The gradient of what split tokens were gathered into, before it is scattered.
         let gathered = if between < d { d } else { 0 };
         let backward = within_mlp.max(attention) + gathered;
         let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
@@ -128,7 +129,7 @@ impl ModelConfig {
             element_bytes: compute_bytes,
         };
         let fixed = shape.needed(shape.chunk_rows()).0 as usize / compute_bytes.max(1);
-        let head = LayerActivations { kept: between, forward: d, fixed, ..LayerActivations::default() };
+        let head = LayerActivations { kept: d, forward: d, fixed, ..LayerActivations::default() };
         let blocks = std::iter::repeat_n(block, self.num_blocks());
         std::iter::once(embedding).chain(blocks).chain([head]).collect()
     }
@@ -174,7 +175,7 @@ mod tests {
         // 2 key and value heads of width 8: each of 4 ranks has one.
         assert_eq!(one.kept, 3 * 64 + 2 * 64 + 2 * 16 + 3 * 192);
         assert_eq!(four.kept, 3 * 64 + 2 * 16 + 2 * 8 + 3 * 48);
-        assert_eq!(block(4, SequenceParallel::On).kept, 3 * 16 + 2 * 16 + 2 * 8 + 3 * 48);
+        assert_eq!(block(4, SequenceParallel::On).kept, 2 * 64 + 16 + 2 * 16 + 2 * 8 + 3 * 48);
         assert_eq!(block(4, SequenceParallel::On).output, 16);
     }
 
