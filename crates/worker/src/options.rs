@@ -5,7 +5,7 @@ use shardwise_config::{NamePattern, RunConfig};
 use shardwise_device::DType;
 use shardwise_engine::{EngineOptions, PipelineOptions};
 use shardwise_kernels::Threads;
-use shardwise_plan::pipeline::{ScheduleKind, Stages};
+use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::ModelConfig;
 use shardwise_zero::{
     AdagradOptions, AdamOptions, BiasCorrection, Direction, DynamicLossScale, GradientOp, HysteresisRefill,
@@ -56,16 +56,12 @@ pub fn engine_options(
 }
 
 fn pipeline(run: &RunConfig, model: &ModelConfig) -> Result<PipelineOptions, Failure> {
-    let parallel = &run.parallel;
-    let layers = model.layers();
-    let flops = model.forward_flops(run.data.seq_len);
+    let stages = run.shape(model.clone(), num_cores()).map_err(Failure::configuration)?.stages();
     // Without stages there is nothing to schedule.
-    let schedule = match parallel.pipeline {
+    let schedule = match run.parallel.pipeline {
         1 => ScheduleKind::OneForwardOneBackward,
-        _ => parallel.schedule,
+        _ => run.parallel.schedule,
     };
-    let num_chunks = schedule.num_chunks();
-    let stages = Stages::new(&layers, &flops, &parallel.stage_cut, parallel.pipeline, num_chunks);
     Ok(PipelineOptions { schedule, stages: Some(stages.map_err(Failure::configuration)?) })
 }
 
