@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use shardwise_comm::Group;
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats, SliceMut};
 use shardwise_kernels::{Threads, cast};
-use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage};
+use shardwise_plan::{Overlap, ParamSpec, UnitLayout, ZeroStage};
 
 use crate::lane::{Lane, Pending};
 use crate::reduction::Reduction;
@@ -90,6 +90,11 @@ impl Zero {
             let (unit, expected) = (wrong.name.clone(), wrong.num_shards);
             return Err(ZeroError::WrongGroup { unit, expected, got: group_size });
         }
+        // One rank keeps all of the state in every stage, and has nobody to gather it from.
+        let options = match group_size {
+            1 => ZeroOptions { stage: ZeroStage::Zero, overlap: Overlap::Inline, ..options },
+            _ => options,
+        };
         let lane = Lane::new(groups, options.overlap)?;
         let gather_numel = layouts.iter().map(|layout| layout.padded_numel).max().unwrap_or(0);
         let mut zero = Zero {
@@ -178,7 +183,7 @@ impl Zero {
         &self.units[unit].layout
     }
 
-    /// The stage.
+    /// The stage; 0 where one rank keeps all state, whatever was asked for.
     pub fn stage(&self) -> ZeroStage {
         self.options.stage
     }

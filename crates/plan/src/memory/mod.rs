@@ -94,6 +94,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Plans the memory of each rank.
     pub fn new(load: &Workload<'_>, stage: ZeroStage) -> Self {
+        let is_alone = load.units.iter().all(|unit| unit.num_shards == 1);
         let largest = load.units.iter().map(|unit| unit.padded_numel).max().unwrap_or(0);
         let moment =
             layers::peak(load.layers, load.flow.as_ref(), load.microbatch_tokens, load.compute_bytes);
@@ -102,8 +103,12 @@ impl MemoryPlan {
         let mut plan = MemoryPlan {
             stage,
             state: ModelState::new(load.units, stage, load.grad_accum_steps, load.widths),
-            gathered: Bytes::of(load.num_gather_buffers(stage) * largest, load.compute_bytes),
-            reductions: load.reductions(stage),
+            // One rank gathers and reduces nothing.
+            gathered: match is_alone {
+                true => Bytes(0),
+                false => Bytes::of(load.num_gather_buffers(stage) * largest, load.compute_bytes),
+            },
+            reductions: if is_alone { Bytes(0) } else { load.reductions(stage) },
             activations: moment.activations,
             layer_grads: moment.layer_grads,
             temporaries: moment.temporaries,
