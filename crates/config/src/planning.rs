@@ -57,6 +57,7 @@ impl RunConfig {
             optimizer_bytes: self.optimizer.num_states() * self.optimizer_state_dtype.size_bytes(),
             grad_bytes: self.reduction.accumulation.size_bytes(),
             activations: self.activations.to_rules(),
+            head_chunk_rows: self.activations.head_chunk_tokens,
             micro_batch: self.batch.micro_batch,
             seq_len: self.data.seq_len,
             grad_accum_steps: self.batch.grad_accum_steps,

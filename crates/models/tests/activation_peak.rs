@@ -70,6 +70,7 @@ fn measure(case: &Case) -> (f64, f64, f64) {
         grad_accum_steps: 1,
         overlap: Overlap::Inline,
         activations: case.activations.clone(),
+        head_chunk_rows: None,
         frozen: vec![],
         no_decay: vec![],
         grouped: vec![],

@@ -64,6 +64,8 @@ pub struct Job {
     pub micro_batch: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// Rows whose scores a head holds at a time, if that is asked for.
+    pub head_chunk_rows: Option<usize>,
     /// Bytes of an element of each kind of state.
     pub widths: StateWidths,
     /// Parameters that are not trained.

@@ -11,6 +11,7 @@ use crate::param::LayerSpec;
 use crate::pipeline::{ScheduleKind, Stages};
 use crate::share::Share;
 use crate::tensor::SplitError;
+use crate::zoo::Microbatch;
 use crate::{ActivationPolicy, ActivationRules, Axis, Mesh, ZeroStage};
 
 /// The largest power of two that is tried as a micro-batch.
@@ -131,8 +132,12 @@ struct LocalModel {
 
 impl LocalModel {
     fn new(job: &Job, layers: &[LayerSpec], tensor: usize, sizes: &[usize]) -> Result<Self, SplitError> {
-        let activations =
-            |samples| job.model.activations_on(tensor, job.sequence, samples, job.seq_len, job.compute_bytes);
+        let activations = |num_samples| {
+            let (seq_len, compute_bytes, head_chunk_rows) =
+                (job.seq_len, job.compute_bytes, job.head_chunk_rows);
+            let microbatch = Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows };
+            job.model.activations(tensor, job.sequence, microbatch)
+        };
         // Rank 0 has no less than any other.
         let layers = layers.iter().map(|layer| layer.local(tensor, 0)).collect::<Result<_, _>>()?;
         let activations = sizes.iter().map(|&samples| (samples, activations(samples))).collect();

@@ -16,6 +16,7 @@ fn gpt2(layers: usize, hidden: usize, inner: usize, vocab: usize) -> Value {
 
 fn job(model: &Value) -> Job {
     Job {
+        head_chunk_rows: None,
         model: ModelConfig::from_json(model).unwrap(),
         seq_len: 1024,
         global_batch: 1024,
@@ -234,6 +235,7 @@ fn same_as_run_plan(model: &Value, case: Case) {
         grad_accum_steps: accum,
         overlap,
         activations: ActivationRules::all(policy),
+        head_chunk_rows: None,
         frozen: Vec::new(),
         no_decay: Vec::new(),
         grouped: Vec::new(),

@@ -15,6 +15,7 @@ use crate::layout::units_of;
 use crate::memory::{MemoryPlan, StateWidths};
 use crate::share::{Share, Step};
 use crate::traffic::{AxisTraffic, Traffic};
+use crate::zoo::Microbatch;
 use crate::{Axis, Bytes, UnitLayout, ZeroStage};
 
 /// What a run will be like.
@@ -67,13 +68,13 @@ impl RunPlan {
         let local = specs.iter().map(|layer| layer.local(tensor, 0)).collect::<Result<Vec<_>, _>>()?;
         let stages = shape.stages()?;
         let shares = Share::all(&local, &stages, shape.mesh, shape.sequence, is_frozen);
-        let activations = shape.model.activations_on(
-            tensor,
-            shape.sequence,
-            shape.micro_batch,
-            shape.seq_len,
-            shape.compute_bytes,
-        );
+        let microbatch = Microbatch {
+            num_samples: shape.micro_batch,
+            seq_len: shape.seq_len,
+            compute_bytes: shape.compute_bytes,
+            head_chunk_rows: shape.head_chunk_rows,
+        };
+        let activations = shape.model.activations(tensor, shape.sequence, microbatch);
         let step = Step {
             mesh: shape.mesh,
             stages: &stages,

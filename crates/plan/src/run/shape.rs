@@ -45,6 +45,8 @@ pub struct RunShape {
     pub overlap: Overlap,
     /// What becomes of activations between forward and backward.
     pub activations: ActivationRules,
+    /// Rows whose scores over the vocabulary a head holds at a time; if none, what saves memory decides.
+    pub head_chunk_rows: Option<usize>,
     /// Parameters that are not trained.
     pub frozen: Vec<NamePattern>,
     /// Parameters without weight decay.

@@ -26,6 +26,7 @@ fn shape(num_ranks: usize, tied: bool) -> RunShape {
         grad_accum_steps: 3,
         overlap: Overlap::Inline,
         activations: ActivationRules::default(),
+        head_chunk_rows: None,
         frozen: Vec::new(),
         no_decay: Vec::new(),
         grouped: Vec::new(),

@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
-use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
 use crate::tensor::{SplitUnits, TensorSplit};
 
@@ -135,19 +134,6 @@ impl Gpt2Config {
 
     fn init(&self) -> Init {
         normal(self.initializer_range)
-    }
-
-    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
-        let (d, f) = (self.n_embd, self.n_inner);
-        // Two normalised inputs and the residual between; q, k, v and the attention's output; the MLP before and after
-        // its activation.
-        let kept = 3 * d + 3 * d + d + 2 * f;
-        // Attention with dropout holds its probabilities, before and after.
-        let probabilities = if self.attn_pdrop > 0.0 { self.n_head * seq_len } else { 0 };
-        // Backward: the gradient within the MLP; when that is done and what it held is gone, those of q, k, v and the
-        // attention's output, and one more matrix of probabilities.
-        let backward = (f + d).max((4 * d + probabilities).saturating_sub(2 * f + d));
-        LayerActivations { kept: kept + 2 * probabilities, output: d, forward: d, backward, fixed: 0 }
     }
 }
 

@@ -5,7 +5,6 @@ use serde_json::{Value, json};
 
 use super::reader::{Reader, invalid};
 use super::{ModelConfigError, normal};
-use crate::memory::LayerActivations;
 use crate::param::{Init, LayerSpec, ParamSpec};
 use crate::tensor::{SplitUnits, TensorSplit};
 
@@ -164,23 +163,6 @@ impl LlamaConfig {
 
     fn init(&self) -> Init {
         normal(self.initializer_range)
-    }
-
-    pub(super) fn block_activations(&self, seq_len: usize) -> LayerActivations {
-        let (d, f) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
-        // Two normalised inputs and the residual between; q, k, v after rotation, the attention's output; gate, up and
-        // their product.
-        let kept = 3 * d + q + 2 * kv + q + 3 * f;
-        // Attention with dropout holds its probabilities, before and after, and keys and values for every head.
-        let is_dropped = self.attention_dropout > 0.0;
-        let probabilities = if is_dropped { self.num_attention_heads * seq_len } else { 0 };
-        let repeated = if is_dropped && kv < q { 2 * q } else { 0 };
-        // Backward: gradients within the MLP, of whose three one is gone by then; when that is done and what it held is gone,
-        // those of q, k, v and the attention's output with what the kernel sums in, and one more matrix of probabilities.
-        let backward = (2 * f).max((2 * (q + kv) + repeated + probabilities).saturating_sub(3 * f + d));
-        let kept = kept + repeated + 2 * probabilities;
-        LayerActivations { kept, output: d, forward: d, backward, fixed: 0 }
     }
 }
 

@@ -12,12 +12,11 @@ mod reader;
 
 pub use gpt2::Gpt2Config;
 pub use llama::{LlamaConfig, RopeScaling};
-pub use parallel::SequenceParallel;
+pub use parallel::{Microbatch, SequenceParallel};
 
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::memory::{HeadShape, LayerActivations};
 use crate::param::{Init, LayerSpec};
 
 /// A model family with its hyperparameters.
@@ -112,35 +111,6 @@ impl ModelConfig {
             ModelConfig::Llama(config) => config.hidden_size,
             ModelConfig::Gpt2(config) => config.n_embd,
         }
-    }
-
-    /// What each of [`ModelConfig::layers`] holds while a micro-batch of `micro_batch` samples of `seq_len` tokens goes through
-    /// it, in elements of `compute_bytes`.
-    pub fn activations(
-        &self,
-        micro_batch: usize,
-        seq_len: usize,
-        compute_bytes: usize,
-    ) -> Vec<LayerActivations> {
-        let (num_blocks, block) = match self {
-            ModelConfig::Llama(config) => (config.num_hidden_layers, config.block_activations(seq_len)),
-            ModelConfig::Gpt2(config) => (config.n_layer, config.block_activations(seq_len)),
-        };
-        let (hidden, vocab) = (self.hidden_size(), self.vocab_size());
-        let embedding = LayerActivations { output: hidden, ..LayerActivations::default() };
-        let shape = HeadShape {
-            num_rows: micro_batch * seq_len,
-            width: hidden,
-            num_classes: vocab,
-            element_bytes: compute_bytes,
-        };
-        let fixed = shape.needed(shape.chunk_rows()).0 as usize / compute_bytes.max(1);
-        // Gradients are made within the forward pass: kept is that of the normalised input, beside which that input is needed.
-        let head = LayerActivations { kept: hidden, forward: hidden, fixed, ..LayerActivations::default() };
-        let mut layers = vec![embedding];
-        layers.extend(std::iter::repeat_n(block, num_blocks));
-        layers.push(head);
-        layers
     }
 
     /// The family's name in `config.json`.

@@ -19,6 +19,19 @@ pub enum SequenceParallel {
     On,
 }
 
+/// A micro-batch, and how layers hold it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Microbatch {
+    /// Samples.
+    pub num_samples: usize,
+    /// Tokens of a sample.
+    pub seq_len: usize,
+    /// Bytes of an element of activations.
+    pub compute_bytes: usize,
+    /// Rows whose scores a head holds at a time; if none, as many as [`HeadShape::chunk_rows`] says.
+    pub head_chunk_rows: Option<usize>,
+}
+
 /// The widths that a block's cost follows from.
 struct Block {
     hidden: usize,
@@ -84,16 +97,14 @@ impl ModelConfig {
         std::iter::once(0).chain(blocks).chain([head]).collect()
     }
 
-    /// What each of [`ModelConfig::layers`] holds on one of `degree` tensor-parallel ranks while a micro-batch goes through it; on
-    /// one rank that is [`ModelConfig::activations`].
-    pub fn activations_on(
+    /// What each of [`ModelConfig::layers`] holds on one of `degree` tensor-parallel ranks while a micro-batch goes through it.
+    pub fn activations(
         &self,
         degree: usize,
         sequence: SequenceParallel,
-        micro_batch: usize,
-        seq_len: usize,
-        compute_bytes: usize,
+        microbatch: Microbatch,
     ) -> Vec<LayerActivations> {
+        let Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows } = microbatch;
         let widths = self.block();
         let d = widths.hidden;
         let share = |width: usize| width.div_ceil(degree);
@@ -108,10 +119,12 @@ impl ModelConfig {
         };
         // Dropped attention of grouped queries holds keys and values for every head.
         let repeated = if widths.drops_attention && kv < q { 2 * q } else { 0 };
-        // Two normalised inputs, which split tokens are gathered into, and the residual; q, k, v and the attention's output; the
-        // MLP's own.
+        // Two normalised inputs, which split tokens are gathered into, and the residual between; q, k, v (after rotation) and the
+        // attention's output; the MLP's own: gate, up and their product, or what is before and after the activation. Attention that
+        // drops probabilities holds them, before and after.
         let kept = 2 * d + between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
-        // As for one rank: within the MLP one gradient is gone by the end; attention follows when what the MLP held is gone.
+        // Backward: gradients within the MLP, of which one is gone by the end; when that is done and what it held is gone, those of q,
+        // k, v and the attention's output with what the kernel sums in, and one more matrix of probabilities.
         let (within_mlp, gone) = match self {
             ModelConfig::Llama(_) => (2 * f, mlp + d),
             ModelConfig::Gpt2(_) => (f + between, mlp + d),
@@ -123,12 +136,14 @@ impl ModelConfig {
         let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
         let embedding = LayerActivations { output: between, ..LayerActivations::default() };
         let shape = HeadShape {
-            num_rows: micro_batch * seq_len,
+            num_rows: num_samples * seq_len,
             width: d,
             num_classes: share(self.vocab_size()),
             element_bytes: compute_bytes,
         };
-        let fixed = shape.needed(shape.chunk_rows()).0 as usize / compute_bytes.max(1);
+        let chunk_rows = head_chunk_rows.unwrap_or_else(|| shape.chunk_rows());
+        let fixed = shape.needed(chunk_rows).0 as usize / compute_bytes.max(1);
+        // Gradients are made within the forward pass: kept is that of the normalised input, beside which that input is needed.
         let head = LayerActivations { kept: d, forward: d, fixed, ..LayerActivations::default() };
         let blocks = std::iter::repeat_n(block, self.num_blocks());
         std::iter::once(embedding).chain(blocks).chain([head]).collect()
@@ -157,20 +172,42 @@ mod tests {
         [llama, gpt2].map(|json| ModelConfig::from_json(&json).unwrap())
     }
 
+    fn microbatch(num_samples: usize, head_chunk_rows: Option<usize>) -> Microbatch {
+        Microbatch { num_samples, seq_len: 256, compute_bytes: 2, head_chunk_rows }
+    }
+
     #[test]
-    fn one_rank_holds_what_a_rank_alone_holds() {
+    fn a_rank_alone_shares_nothing() {
         for model in models() {
-            for sequence in [SequenceParallel::Off, SequenceParallel::On] {
-                let alone = model.activations_on(1, sequence, 3, 256, 2);
-                assert_eq!(alone, model.activations(3, 256, 2));
-            }
+            let [off, on] = [SequenceParallel::Off, SequenceParallel::On]
+                .map(|sequence| model.activations(1, sequence, microbatch(3, None)));
+            assert_eq!(off, on);
+        }
+        let [_, gpt2] = models();
+        // Three of the residual's width, q, k, v, the output; the MLP before and after; two matrices of dropped probabilities.
+        let kept = 3 * 64 + 4 * 64 + 2 * 256 + 2 * 8 * 256;
+        assert_eq!(gpt2.activations(1, SequenceParallel::Off, microbatch(1, None))[1].kept, kept);
+    }
+
+    #[test]
+    fn the_head_holds_as_many_scores_as_it_is_told() {
+        for model in models() {
+            let head = |rows| {
+                let layers = model.activations(1, SequenceParallel::Off, microbatch(3, rows));
+                layers.last().unwrap().fixed
+            };
+            let vocab = model.vocab_size();
+            assert_eq!(head(None), (3 * 256 + 64) * vocab);
+            assert_eq!(head(Some(768)), head(None));
+            // The sum in fp32 of the gradient, twice as wide as an element, beside scores of 100 rows.
+            assert_eq!(head(Some(100)), (100 + 2 * 64) * vocab);
         }
     }
 
     #[test]
     fn ranks_share_what_is_cut() {
         let [llama, _] = models();
-        let block = |degree, sequence| llama.activations_on(degree, sequence, 1, 256, 2)[1];
+        let block = |degree, sequence| llama.activations(degree, sequence, microbatch(1, None))[1];
         let (one, four) = (block(1, SequenceParallel::Off), block(4, SequenceParallel::Off));
         // 2 key and value heads of width 8: each of 4 ranks has one.
         assert_eq!(one.kept, 3 * 64 + 2 * 64 + 2 * 16 + 3 * 192);
