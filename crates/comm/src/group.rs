@@ -122,6 +122,11 @@ pub trait ProcessGroup: Send + Sync {
     /// before they receive must stay below.
     fn send(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError>;
 
+    /// As [`send`](Self::send), for a thread that runs ahead of its rank. It waits for the receiver as long as that takes: the
+    /// deadline is for ranks that cannot go on, and this one may be computing. When the two are stuck, one of them waits for the
+    /// other in a call that has a deadline.
+    fn send_ahead(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError>;
+
     /// Receives what rank `from` of this group sends; length and type must agree.
     fn recv(&self, buffer: SliceMut<'_>, from: usize) -> Result<(), CommError>;
 

@@ -120,6 +120,7 @@ impl Member {
         target: u32,
         peer: usize,
         call: &Call,
+        patience: Patience,
         stuck: impl Fn() -> Option<CommError>,
     ) -> Result<(), CommError> {
         // The first sleep is short, so that what `stuck` finds is found soon.
@@ -147,6 +148,10 @@ impl Member {
                 break Err(self.fail(error));
             }
             let left = deadline.saturating_sub(started.elapsed());
+            if patience == Patience::Endless {
+                seen = word.wait(target, Duration::ZERO, SLICE);
+                continue;
+            }
             if left.is_zero() {
                 let (rank, group) = (self.universe.culprit(rank), self.name.clone());
                 break Err(self.fail(CommError::Stalled {
@@ -160,7 +165,9 @@ impl Member {
             self.universe.note_waiting(rank);
             seen = word.wait(target, Duration::ZERO, left.min(SLICE));
         };
-        self.universe.note_going();
+        if patience == Patience::Deadline {
+            self.universe.note_going();
+        }
         result
     }
 
@@ -228,6 +235,15 @@ impl Member {
         let (group, group_size) = (self.name.clone(), self.size());
         self.refuse(CommError::NoSuchRank { operation, group, group_size, rank })
     }
+}
+
+/// How long a call waits for another rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// As long as the world's options say; meanwhile this rank counts as waiting.
+    Deadline,
+    /// As long as it takes, while this rank does something else.
+    Endless,
 }
 
 /// Whether a rank may name itself.
@@ -322,7 +338,11 @@ impl ProcessGroup for Member {
     }
 
     fn send(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError> {
-        self.send_message(buffer, to)
+        self.send_message(buffer, to, Patience::Deadline)
+    }
+
+    fn send_ahead(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError> {
+        self.send_message(buffer, to, Patience::Endless)
     }
 
     fn recv(&self, buffer: SliceMut<'_>, from: usize) -> Result<(), CommError> {
@@ -439,7 +459,8 @@ impl Exchange<'_> {
     pub(crate) fn wait(&mut self) -> Result<(), CommError> {
         let Member { segment, .. } = self.member;
         for peer in self.peers() {
-            self.member.wait_on(&segment.words()[peer], *self.phase, peer, &self.call, || None)?;
+            let word = &segment.words()[peer];
+            self.member.wait_on(word, *self.phase, peer, &self.call, Patience::Deadline, || None)?;
         }
         if !self.is_open {
             self.is_open = true;

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use shardwise_device::{DType, Slice, SliceMut};
 use shardwise_kernels::reduce::{Store, copy_bytes};
 
-use crate::member::{Member, OrSelf};
+use crate::member::{Member, OrSelf, Patience};
 use crate::segment::CHANNEL_SLOT_BYTES;
 use crate::word::{self, Seen};
 use crate::{Call, CommError, Operation};
@@ -26,7 +26,12 @@ fn chunks(num_bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
 }
 
 impl Member {
-    pub(crate) fn send_message(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError> {
+    pub(crate) fn send_message(
+        &self,
+        buffer: Slice<'_>,
+        to: usize,
+        patience: Patience,
+    ) -> Result<(), CommError> {
         let operation = Operation::Send;
         self.check_rank(operation, to, OrSelf::No)?;
         let (dtype, numel) = (buffer.dtype(), buffer.numel());
@@ -39,7 +44,7 @@ impl Member {
             for range in chunks(buffer.num_bytes()) {
                 // Chunk `k` needs its slot back: `k - 2` taken, that is `k - 1` chunks.
                 let target = word::previous(*chunk);
-                self.wait_on(&channel.taken, target, to, &call, || {
+                self.wait_on(&channel.taken, target, to, &call, patience, || {
                     let blocked = || channel.taken.look(target) == Seen::Nothing;
                     self.waits_in_collective(to, phase, &call, blocked)
                 })?;
@@ -82,14 +87,14 @@ impl Member {
                     // SAFETY: the sender reads the post only while `awaited` is set.
                     unsafe { channel.wanted.write(&call) };
                     channel.awaited.store(*chunk + 1, Ordering::Release);
-                    self.wait_on(&channel.sent, target, from, &call, || {
+                    self.wait_on(&channel.sent, target, from, &call, Patience::Deadline, || {
                         let blocked = || channel.sent.look(target) == Seen::Nothing;
                         self.waits_in_collective(from, phase, &call, blocked)
                             .or_else(|| self.waits_for_message(from, sent_back, &call, blocked))
                     })?;
                     channel.awaited.store(0, Ordering::Release);
                 } else {
-                    self.wait_on(&channel.sent, target, from, &call, || None)?;
+                    self.wait_on(&channel.sent, target, from, &call, Patience::Deadline, || None)?;
                 }
                 if range.start == 0 {
                     // SAFETY: the chunk is published, and its post stays until it is taken.

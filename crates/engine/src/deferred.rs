@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shardwise_torch::{Tensor, TorchError};
@@ -34,6 +35,7 @@ pub struct DeferredWeights {
     /// Those whose maps the forward pass has gone through, by identity.
     weights: RefCell<Vec<usize>>,
     factors: Arc<Mutex<Vec<Factors>>>,
+    is_closed: Arc<AtomicBool>,
 }
 
 /// What a linear map leaves its factors in.
@@ -41,6 +43,7 @@ pub struct DeferredWeights {
 pub(crate) struct Shelf {
     weight: usize,
     factors: Arc<Mutex<Vec<Factors>>>,
+    is_closed: Arc<AtomicBool>,
 }
 
 impl DeferredWeights {
@@ -48,7 +51,17 @@ impl DeferredWeights {
     pub(crate) fn shelf(&self, weight: &Tensor) -> Shelf {
         let weight = identity(weight);
         self.weights.borrow_mut().push(weight);
-        Shelf { weight, factors: self.factors.clone() }
+        Shelf { weight, factors: self.factors.clone(), is_closed: self.is_closed.clone() }
+    }
+
+    /// Nothing is set aside from here on: the graph is gone through again, for something else.
+    pub(crate) fn close(&self) {
+        self.is_closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether no gradient waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.weights.borrow().is_empty()
     }
 
     /// Whether the gradient of a parameter waits.
@@ -82,6 +95,9 @@ impl DeferredWeights {
 
 impl Shelf {
     pub fn put(&self, form: Form, x: &Tensor, dy: &Tensor) {
+        if self.is_closed.load(Ordering::Relaxed) {
+            return;
+        }
         let factors = Factors { weight: self.weight, form, x: x.shallow_clone(), dy: dy.shallow_clone() };
         self.factors.lock().unwrap_or_else(PoisonError::into_inner).push(factors);
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use shardwise_comm::{Group, ProcessGroup};
 use shardwise_plan::pattern::matches_pattern;
-use shardwise_plan::pipeline::Action;
+use shardwise_plan::pipeline::{Action, loss_turn};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{ActivationPolicy, ActivationRules, LayerSpec, ParamSpec};
 use shardwise_torch::{FlatTensor, Tensor, memory};
@@ -75,6 +75,8 @@ pub struct Engine {
     pub(crate) num_users: Vec<usize>,
     /// By unit: parameters of whose gradient this rank has only a part.
     pub(crate) partial: Vec<Vec<PartialGradient>>,
+    /// Groups of tensor ranks that share a key-value head.
+    pub(crate) shared_heads: Vec<Group>,
     /// Units that other stages hold too, with the group of those stages.
     pub(crate) tied: Vec<(usize, Group)>,
     /// One for each layer.
@@ -121,8 +123,9 @@ impl Engine {
         source: &mut dyn ParamSource,
     ) -> Result<Self, EngineError> {
         let ranks = ranks.into();
-        let world = ranks.world().clone();
-        Self::build(layers, options, ranks, source).inspect_err(|error| give_up(&*world, error))
+        // A handle that goes tells the others that this rank has left: not before they know why.
+        let kept = ranks.clone();
+        Self::build(layers, options, ranks, source).inspect_err(|error| give_up(&**kept.world(), error))
     }
 
     fn build(
@@ -144,10 +147,12 @@ impl Engine {
             let pattern = pattern.as_str().to_owned();
             return Err(EngineError::NoSuchLayer { pattern, layers: names.map(str::to_owned).collect() });
         }
-        let policies = options.activations.policies(names);
         let is_frozen = |name: &str| options.frozen.iter().any(|pattern| matches_pattern(pattern, name));
         // Zero itself has something to say of a step without micro-batches.
         let num_microbatches = options.zero.grad_accum_steps.max(1);
+        let loss = loss_turn(Some(options.pipeline.schedule), num_microbatches);
+        let names = specs.iter().map(|spec| spec.name.as_str());
+        let policies = options.activations.policies(names, loss);
         let stage = Stage::new(specs, options.pipeline, num_microbatches, &ranks, is_frozen)?;
         let units = stage.units(stage.stage, ranks.data.group_size());
         let groups =
@@ -170,7 +175,7 @@ impl Engine {
         for unit in bindings.iter().flat_map(|binding| &binding.units) {
             num_users[*unit] += 1;
         }
-        let partial = partial_gradients(&stage, &zero, &ranks, options.sequence)?;
+        let (partial, shared_heads) = partial_gradients(&stage, &zero, &ranks, options.sequence)?;
         let tied = tied_units(&stage, &zero, &ranks)?;
         let transport = Transport::new(&ranks.pipeline, &stage.schedule)?;
         let mut all: Vec<_> = layers.into_iter().map(Some).collect();
@@ -187,6 +192,7 @@ impl Engine {
             actions: stage.schedule.actions(stage.stage).into(),
             num_users,
             partial,
+            shared_heads,
             tied,
             policies: stage.layers.iter().map(|&layer| policies[layer]).collect(),
             head_chunk_rows: options.head_chunk_rows,
@@ -269,16 +275,13 @@ impl Engine {
     /// Bytes that this rank has sent so far.
     pub fn sent_bytes(&self) -> u64 {
         let tied = self.tied.iter().map(|(_, stages)| stages.ledger().total().sent_bytes).sum::<u64>();
-        self.ranks.sent_bytes() + self.transport.sent_bytes() + tied
+        let heads = self.shared_heads.iter().map(|heads| heads.ledger().total().sent_bytes).sum::<u64>();
+        self.ranks.sent_bytes() + self.transport.sent_bytes() + tied + heads
     }
 
     /// Time so far in which this rank communicated or waited for it, and computed nothing.
     pub fn exposed_comm(&self) -> Duration {
-        let in_layers = match self.tensor.degree() {
-            1 => Duration::ZERO,
-            _ => self.ranks.tensor.ledger().total().time,
-        };
-        self.zero.exposed_comm() + self.transport.waited() + in_layers
+        self.zero.exposed_comm() + self.transport.waited() + self.tensor.time()
     }
 
     /// The sharded state.
@@ -302,7 +305,7 @@ fn partial_gradients(
     zero: &Zero,
     ranks: &Ranks,
     sequence: SequenceParallel,
-) -> Result<Vec<Vec<PartialGradient>>, EngineError> {
+) -> Result<(Vec<Vec<PartialGradient>>, Vec<Group>), EngineError> {
     let whole = stage.whole_params();
     let sharers = |param: &ParamSpec| param.split.map_or(1, |split| split.num_sharers(stage.degree));
     // All tensor ranks make all groups; a stage without such heads makes them too.
@@ -337,7 +340,9 @@ fn partial_gradients(
         });
         if layout.trainable { partial.collect() } else { Vec::new() }
     };
-    Ok((0..zero.layouts().len()).map(of_unit).collect())
+    let partial = (0..zero.layouts().len()).map(of_unit).collect();
+    groups.retain(|&number, _| number < stage.degree);
+    Ok((partial, groups.into_values().collect()))
 }
 
 /// The trained units that other stages hold too.

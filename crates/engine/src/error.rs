@@ -52,6 +52,34 @@ pub enum EngineError {
     /// Micro-batches that no schedule exists for.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// The output of a layer that pipeline stages do not exchange.
+    #[error(
+        "a layer's output has elements of {kind} and shape `{shape:?}`, expected floats of 16 or 32 bits in at most 8 dimensions: the next layer is on another pipeline stage"
+    )]
+    NotAnActivation {
+        /// Its type.
+        kind: String,
+        /// Its shape.
+        shape: Vec<i64>,
+    },
+    /// Stages that were cut for something else.
+    #[error(
+        "the layers were cut into `{num_parts}` parts for `{num_stages}` stages up to layer `{end}`, expected `{expected_parts}` for `{expected_stages}` up to `{num_layers}`"
+    )]
+    WrongStages {
+        /// Stages that they were cut for.
+        num_stages: usize,
+        /// Parts.
+        num_parts: usize,
+        /// Where the last part ends.
+        end: usize,
+        /// Stages of the mesh.
+        expected_stages: usize,
+        /// Parts of the schedule.
+        expected_parts: usize,
+        /// Layers of the model.
+        num_layers: usize,
+    },
     /// Tokens that ranks cannot share evenly.
     #[error(
         "`{num_tokens}` tokens of a sample cannot be shared by `{degree}` tensor-parallel ranks evenly, expected a multiple of `{degree}`"

@@ -9,7 +9,7 @@ use crate::{Engine, EngineError, Ranks};
 
 impl Engine {
     /// Calls `visit` on every rank with each parameter, whole and in fp32 (master weights). Needs memory for one unit and,
-    /// where ranks split layers or share them out, twice the largest parameter.
+    /// where ranks split layers or share them out, three times the largest parameter at most.
     ///
     /// After an error of `visit` this rank visits nothing more, but goes on gathering: the others need it.
     ///
@@ -32,7 +32,7 @@ impl Engine {
         for owner in 0..stage.stages.num_stages() {
             if owner == stage.stage {
                 zero.for_each_param::<Stop>(|param, values| {
-                    if first_holder(stage, &param.name, owner) != owner {
+                    if stage.speaker(&param.name, owner) != owner {
                         return Ok(());
                     }
                     let param = whole[param.name.as_str()];
@@ -44,7 +44,7 @@ impl Engine {
             // Another stage tells its parameters, in the order of its units.
             for unit in stage.units(owner, ranks.data.group_size()) {
                 for slot in unit.slots {
-                    if first_holder(stage, &slot.param.name, owner) == owner {
+                    if stage.speaker(&slot.param.name, owner) == owner {
                         let param = whole[slot.param.name.as_str()];
                         let mut values = vec![0f32; param.numel()];
                         ranks
@@ -58,12 +58,6 @@ impl Engine {
         }
         outcome
     }
-}
-
-/// The stage that speaks for a parameter which `holder` holds.
-fn first_holder(stage: &Stage, name: &str, holder: usize) -> usize {
-    let shared = stage.shared().into_iter().find(|param| param.name == name);
-    shared.and_then(|param| param.stages.first().copied()).unwrap_or(holder)
 }
 
 /// Puts a parameter together from the tensor ranks' parts, and gives it to the other stages.

@@ -98,7 +98,7 @@ impl Engine {
                 }
             });
             let mut sum = Tensor::f_cat(&flat.collect::<Result<Vec<_>, _>>()?, 0)?;
-            first.group.all_reduce(slice_mut(&mut sum))?;
+            self.tensor.timed(|| first.group.all_reduce(slice_mut(&mut sum)))?;
             let mut start = 0;
             for partial in now {
                 let param = &slots[partial.slot].param;

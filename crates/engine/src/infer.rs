@@ -8,6 +8,13 @@ use crate::engine::give_up;
 use crate::transport::broadcast;
 use crate::{Context, Engine, EngineError};
 
+/// Positions of a sample that the last layer is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Positions {
+    All,
+    Last,
+}
+
 impl Engine {
     /// Runs the model without a target: what the last layer predicts.
     ///
@@ -16,7 +23,20 @@ impl Engine {
     /// # Errors
     /// A layer or a collective that fails.
     pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, EngineError> {
-        self.run(input, None)
+        self.run(input, None, Positions::All)
+    }
+
+    /// What [`Engine::predict`] gives for the last position alone, for models whose last layer takes each position by itself, as a
+    /// language model's head does: the layer is given no more than that.
+    ///
+    /// # Shapes
+    /// - `input`: `[batch, seq]`; what the last layer is given: `[batch, 1, ..]`
+    /// # Collective
+    /// As [`Engine::predict`].
+    /// # Errors
+    /// As [`Engine::predict`].
+    pub fn predict_last(&mut self, input: &Tensor) -> Result<Tensor, EngineError> {
+        self.run(input, None, Positions::Last)
     }
 
     /// Runs the model against a target without learning: the loss.
@@ -26,11 +46,16 @@ impl Engine {
     /// # Errors
     /// A layer or a collective that fails.
     pub fn evaluate(&mut self, input: &Tensor, target: &Tensor) -> Result<f64, EngineError> {
-        Ok(self.run(input, Some(target))?.f_double_value(&[])?)
+        Ok(self.run(input, Some(target), Positions::All)?.f_double_value(&[])?)
     }
 
-    fn run(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
-        let outcome = self.run_parts(input, target);
+    fn run(
+        &mut self,
+        input: &Tensor,
+        target: Option<&Tensor>,
+        positions: Positions,
+    ) -> Result<Tensor, EngineError> {
+        let outcome = self.run_parts(input, target, positions);
         // A replica that is one rank and holds every parameter runs alone: the others need not even have called.
         let is_alone = !self.zero.stage().shards_parameters()
             && self.stage.degree == 1
@@ -42,7 +67,12 @@ impl Engine {
         outcome
     }
 
-    fn run_parts(&mut self, input: &Tensor, target: Option<&Tensor>) -> Result<Tensor, EngineError> {
+    fn run_parts(
+        &mut self,
+        input: &Tensor,
+        target: Option<&Tensor>,
+        positions: Positions,
+    ) -> Result<Tensor, EngineError> {
         let num_stages = self.stage.stages.num_stages();
         let mut x = input.shallow_clone();
         for part in self.stage.parts.clone() {
@@ -51,6 +81,10 @@ impl Engine {
                 x = self.transport.recv(Payload::Activation, (part.index - 1) % num_stages)?;
             }
             for layer in part.layers.clone() {
+                let is_last = part.is_last && layer + 1 == part.layers.end;
+                if is_last && positions == Positions::Last && x.dim() > 1 {
+                    x = x.f_narrow(1, x.size()[1] - 1, 1)?.f_contiguous()?;
+                }
                 x = self.run_layer(layer, &x, target)?;
             }
             if !part.is_last && num_stages > 1 {
@@ -60,10 +94,11 @@ impl Engine {
         if num_stages == 1 {
             return Ok(x);
         }
-        self.transport.finish()?;
         let last = num_stages - 1;
         let result = (self.stage.stage == last).then_some(x);
-        broadcast(&self.ranks.pipeline, last, result)
+        let result = broadcast(&self.ranks.pipeline, last, result)?;
+        self.transport.finish()?;
+        Ok(result)
     }
 
     fn run_layer(

@@ -20,6 +20,8 @@ pub(crate) enum Held {
     Input(Parked),
     /// The gradients of its parameters, but for those that wait.
     Weights { grads: Vec<Option<Tensor>>, deferred: DeferredWeights },
+    /// Nothing: it has gone backward, and none of its gradients wait.
+    Done,
 }
 
 /// A layer that has run forward.
@@ -140,6 +142,7 @@ impl Engine {
                 // Nothing of the layer is needed any more, nor its parameters.
                 let grads = match layer {
                     Held::Weights { grads, deferred } => self.with_deferred(index, grads, &deferred)?,
+                    Held::Done => continue,
                     _ => Vec::new(),
                 };
                 self.add_grads(index, microbatch, grads, gradients)?;
@@ -151,7 +154,11 @@ impl Engine {
             let dy = grad.take();
             if !matches!(layer, Held::Nothing) && (is_last || dy.is_some()) {
                 self.gather(index)?;
-                self.prefetch(index.checked_sub(1).filter(|next| part.layers.contains(next)))?;
+                let before = index.checked_sub(1).filter(|before| {
+                    part.layers.contains(before)
+                        && !matches!(pass.held[before - part.layers.start], Held::Nothing)
+                });
+                self.prefetch(before)?;
                 let graph = self.graph(index, &pass.batch, layer)?;
                 (self.observer)(Phase::Backward);
                 let dy = match dy {
@@ -160,13 +167,18 @@ impl Engine {
                 };
                 (grad, param_grads) = self.grads(index, &graph, &dy)?;
                 self.release(index)?;
-                if let Some(deferred) = graph.deferred {
-                    pass.held[place] = Held::Weights { grads: std::mem::take(&mut param_grads), deferred };
+                match graph.deferred {
+                    Some(deferred) if !deferred.is_empty() => {
+                        pass.held[place] = Held::Weights { grads: param_grads, deferred };
+                        continue;
+                    }
+                    _ => {}
                 }
             }
-            if half == Half::Both {
-                self.add_grads(index, microbatch, param_grads, gradients)?;
+            if half == Half::Inputs {
+                pass.held[place] = Held::Done;
             }
+            self.add_grads(index, microbatch, param_grads, gradients)?;
         }
         // A part that does not use its input gives back zeros: the other stage waits for something.
         if grad.is_none() && part.learns_before && half != Half::Weights {
@@ -185,7 +197,9 @@ impl Engine {
                 let output = self.call(index, batch, &input, deferred.as_ref(), "forward once more")?;
                 Ok(Graph { input, output, deferred })
             }
-            Held::Nothing | Held::Weights { .. } => unreachable!("a layer goes backward once, if it learns"),
+            Held::Nothing | Held::Weights { .. } | Held::Done => {
+                unreachable!("a layer goes backward once, if it learns")
+            }
         }
     }
 
@@ -224,6 +238,7 @@ impl Engine {
         let lacking: Vec<usize> =
             (0..params.len()).filter(|&i| deferred.waits(params[i]) && deferred.lacks(params[i])).collect();
         let wanted: Vec<&Tensor> = lacking.iter().map(|&i| params[i]).collect();
+        deferred.close();
         let made = through(&wanted, autograd::grad)?;
         for (i, grad) in lacking.into_iter().zip(made) {
             param_grads[i] = grad;

@@ -52,8 +52,8 @@ pub(crate) struct Stage {
     pub parts: Vec<Part>,
     pub stages: Stages,
     pub schedule: Schedule,
-    /// Names of parameters that several stages hold.
-    shared: HashSet<String>,
+    /// Parameters that several stages hold, with the first of them.
+    shared: HashMap<String, usize>,
     /// Names of parameters that do not learn.
     frozen: HashSet<String>,
     pub degree: usize,
@@ -80,14 +80,24 @@ impl Stage {
                 Stages::new(&specs, &vec![1; specs.len()], &StageCut::Parameters, num_stages, num_chunks)?
             }
         };
-        assert_eq!(
-            (stages.num_stages(), stages.parts().len(), stages.parts().last().map(|part| part.end)),
-            (num_stages, schedule.num_parts(), Some(specs.len())),
-            "stages for this mesh, schedule and model"
-        );
+        let end = stages.parts().last().map_or(0, |part| part.end);
+        let expected = (num_stages, schedule.num_parts(), specs.len());
+        if (stages.num_stages(), stages.parts().len(), end) != expected {
+            let (num_stages, num_parts) = (stages.num_stages(), stages.parts().len());
+            let (expected_stages, expected_parts, num_layers) = expected;
+            return Err(EngineError::WrongStages {
+                num_stages,
+                num_parts,
+                end,
+                expected_stages,
+                expected_parts,
+                num_layers,
+            });
+        }
         let params = specs.iter().flat_map(|layer| &layer.params).map(|param| &param.name);
         let frozen = params.filter(|name| is_frozen(name)).cloned().collect();
-        let shared = stages.shared_params(&specs).into_iter().map(|param| param.name).collect();
+        let shared = stages.shared_params(&specs);
+        let shared = shared.into_iter().map(|param| (param.name, param.stages[0])).collect();
         let learns = |layer: &LayerSpec| layer.params.iter().any(|param| !is_frozen(&param.name));
         let first_learner = specs.iter().position(learns).unwrap_or(specs.len());
         let mut layers = Vec::new();
@@ -128,7 +138,9 @@ impl Stage {
             self.specs[layer].local(self.degree, self.tensor_rank).expect("checked when the stage was made")
         };
         let local: Vec<_> = self.stages.layers_of(stage).map(cut).collect();
-        units_on_stage(&local, &self.shared, num_shards, |name| self.frozen.contains(name))
+        units_on_stage(&local, &self.shared.keys().cloned().collect(), num_shards, |name| {
+            self.frozen.contains(name)
+        })
     }
 
     /// All parameters by name, whole, each as its first layer declares it.
@@ -140,7 +152,12 @@ impl Stage {
         params
     }
 
-    /// The stages that hold a parameter together, in order; the first one speaks for it.
+    /// The stage that speaks for a parameter which `holder` holds.
+    pub fn speaker(&self, name: &str, holder: usize) -> usize {
+        self.shared.get(name).copied().unwrap_or(holder)
+    }
+
+    /// The parameters that several stages hold, each with these stages in order.
     pub fn shared(&self) -> Vec<shardwise_plan::pipeline::SharedParam> {
         self.stages.shared_params(&self.specs)
     }
@@ -153,11 +170,10 @@ impl Stage {
             .filter(|param| whole[param.name.as_str()].is_spoken_for(self.degree, self.tensor_rank))
             .map(|param| param.name.clone())
             .collect();
-        let stage_replicas = self
-            .shared()
-            .into_iter()
-            .filter(|param| param.stages.first() != Some(&self.stage))
-            .map(|param| param.name)
+        let stage_replicas = params()
+            .map(|param| &param.name)
+            .filter(|name| self.speaker(name, self.stage) != self.stage)
+            .cloned()
             .collect();
         let mut seen = HashSet::new();
         let all = self.specs.iter().flat_map(|layer| layer.params.iter().map(move |param| (layer, param)));

@@ -62,8 +62,6 @@ impl Engine {
         mut batch: impl FnMut(usize) -> Result<Batch, BoxError>,
     ) -> Result<TrainReport, EngineError> {
         let actions = self.actions.clone();
-        let wanted: Vec<_> = actions.iter().copied().filter(|&action| self.is_wanted(action)).collect();
-        self.transport.begin(&wanted);
         let mut progress = Progress::default();
         let mut step = None;
         for &action in actions.iter() {
@@ -76,11 +74,12 @@ impl Engine {
                 // Every unit is reduced with its last micro-batch.
                 Action::ReduceGrads => {}
                 Action::Step => {
-                    self.transport.finish()?;
                     (self.observer)(Phase::Step);
                     // Ranks of a tensor group have the same loss.
                     let loss = if self.stage.tensor_rank == 0 { progress.loss_sum } else { 0.0 };
                     step = Some(self.zero.step(lr, &[loss])?);
+                    // All ranks have been in the step, and have taken every message before.
+                    self.transport.finish()?;
                     (self.observer)(Phase::Idle);
                 }
                 _ => self.act(action, &mut progress, &mut batch)?,

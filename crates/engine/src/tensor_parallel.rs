@@ -1,9 +1,11 @@
 //! [`TensorParallel`]: the ranks that split each layer, as a layer sees them.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use shardwise_comm::{CommError, Group};
+use shardwise_comm::{CommError, Group, ProcessGroup};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_torch::TorchError;
 
@@ -14,12 +16,14 @@ pub struct TensorParallel {
     sequence: SequenceParallel,
     /// What went wrong between ranks in a backward pass: libtorch carries only its text.
     failure: Arc<Mutex<Option<CommError>>>,
+    /// Time in collectives so far.
+    nanoseconds: Arc<AtomicU64>,
 }
 
 impl TensorParallel {
     /// The ranks of `group`.
     pub fn new(group: Group, sequence: SequenceParallel) -> Self {
-        TensorParallel { group, sequence, failure: Arc::default() }
+        TensorParallel { group, sequence, failure: Arc::default(), nanoseconds: Arc::default() }
     }
 
     /// How many ranks there are.
@@ -42,8 +46,22 @@ impl TensorParallel {
         TensorParallel { sequence: SequenceParallel::Off, ..self.clone() }
     }
 
-    pub(crate) fn group(&self) -> &Group {
-        &self.group
+    /// Runs a collective of these ranks.
+    pub(crate) fn run<T>(&self, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
+        self.timed(|| call(&*self.group))
+    }
+
+    /// Counts the time of a call as communication within layers.
+    pub(crate) fn timed<T>(&self, call: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = call();
+        self.nanoseconds.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
+    }
+
+    /// Time in collectives so far.
+    pub(crate) fn time(&self) -> Duration {
+        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
     }
 
     /// Keeps a failure of a backward pass, and gives libtorch its text.

@@ -1,19 +1,19 @@
 //! Messages between pipeline stages: activations forward, their gradients back.
 //!
-//! A *channel* is the messages of one kind from one stage to another. Each has a group of its two ranks and a thread at both
-//! ends, so that nobody who sends waits for who receives, and receives are posted before they are needed: what
-//! `shardwise_plan::pipeline` asks for so that no schedule locks up.
+//! A *channel* is the messages of one kind from one stage to another. Each has a group of its two ranks and, where it begins, a
+//! thread: who sends hands the tensor over and goes on, so whoever receives waits for one rank only, and no schedule locks up
+//! (`shardwise_plan::pipeline::Transport::Buffered`).
 //!
 //! ```text
-//! stage 0   F0 ─ F1 ─ ..            caller:  hands the tensor over, goes on
-//!            └─► [channel 0>1] ─►   thread:  header, elements
-//! stage 1        [posted] ─► F0     caller:  waits only if it is not there yet
+//! stage 0   F0 ─ F1 ─ ..            hands the tensor over, goes on
+//!            └─► [thread] ─►        header, elements, as the receiver takes them
+//! stage 1                    F0     waits until it is here
 //! ```
 //! A message begins with its shape and type, so stages need not know each other's. A received tensor's memory comes from
 //! libtorch's keeping allocator, which has it from the message before.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
 use shardwise_device::{Slice, SliceMut};
@@ -29,27 +29,22 @@ type Key = (usize, usize, Payload);
 /// All channels of one stage.
 pub(crate) struct Transport {
     stage: usize,
-    channels: BTreeMap<Key, Channel>,
-    /// Receives that a channel has under way at the same time.
-    num_posted: usize,
+    outgoing: BTreeMap<Key, Outgoing>,
+    incoming: BTreeMap<Key, Group>,
+    waited: Duration,
 }
 
-struct Channel {
+struct Outgoing {
     queue: CommQueue,
     group: Group,
     sent: VecDeque<Work<()>>,
-    posted: VecDeque<Work<Tensor>>,
-    /// Messages of this step that no receive was posted for yet.
-    num_expected: usize,
 }
 
-/// The channel that an action uses, seen from `stage`, if it is a message.
+/// The channel that an action sends on, if it does.
 fn key_of(stage: usize, action: Action) -> Option<Key> {
     match action {
         Action::SendActivation { to, .. } => Some((stage, to, Payload::Activation)),
-        Action::RecvActivation { from, .. } => Some((from, stage, Payload::Activation)),
         Action::SendGrad { to, .. } => Some((stage, to, Payload::Grad)),
-        Action::RecvGrad { from, .. } => Some((from, stage, Payload::Grad)),
         _ => None,
     }
 }
@@ -64,107 +59,87 @@ impl Transport {
         let keys: BTreeSet<Key> = stages
             .flat_map(|stage| schedule.actions(stage).iter().filter_map(move |&action| key_of(stage, action)))
             .collect();
-        let mut channels = BTreeMap::new();
+        let stage = pipeline.group_rank();
+        let (mut outgoing, mut incoming) = (BTreeMap::new(), BTreeMap::new());
         for key in keys {
             let (from, to, payload) = key;
             let name = match payload {
                 Payload::Activation => "activations",
                 Payload::Grad => "gradients of activations",
             };
-            let ranks = [pipeline.ranks()[from], pipeline.ranks()[to]];
-            if let Some(group) = pipeline.subgroup(name, &ranks)? {
+            let Some(group) = pipeline.subgroup(name, &[pipeline.ranks()[from], pipeline.ranks()[to]])?
+            else {
+                continue;
+            };
+            if from == stage {
                 let queue = CommQueue::new(group.clone())?;
-                let (sent, posted) = (VecDeque::new(), VecDeque::new());
-                channels.insert(key, Channel { queue, group, sent, posted, num_expected: 0 });
+                outgoing.insert(key, Outgoing { queue, group, sent: VecDeque::new() });
+            } else {
+                incoming.insert(key, group);
             }
         }
-        let num_posted = schedule.receives_to_post().expect("schedules that are built run to their end");
-        Ok(Transport { stage: pipeline.group_rank(), channels, num_posted: num_posted.max(1) })
-    }
-
-    /// Posts the first receives of a step that consists of `actions`.
-    pub fn begin(&mut self, actions: &[Action]) {
-        for &action in actions {
-            let is_receive = matches!(action, Action::RecvActivation { .. } | Action::RecvGrad { .. });
-            if let (true, Some(key)) = (is_receive, key_of(self.stage, action)) {
-                self.channel(key).num_expected += 1;
-            }
-        }
-        let num_posted = self.num_posted;
-        for channel in self.channels.values_mut() {
-            (0..num_posted).for_each(|_| channel.post());
-        }
+        Ok(Transport { stage, outgoing, incoming, waited: Duration::ZERO })
     }
 
     /// Sends a tensor, which nobody writes to any more.
     pub fn send(&mut self, payload: Payload, to: usize, tensor: &Tensor) -> Result<(), EngineError> {
         let tensor = tensor.f_detach()?.f_contiguous()?;
-        let header = header(&tensor);
-        let channel = self.channel((self.stage, to, payload));
+        let header = header(&tensor)?;
+        let key = (self.stage, to, payload);
+        let channel = self.outgoing.get_mut(&key).expect("the schedule names every channel");
         let work = channel.queue.submit(move |group| {
-            group.send(Slice::of(&header), 1)?;
+            group.send_ahead(Slice::of(&header), 1)?;
             if tensor.numel() > 0 {
-                group.send(slice(&tensor), 1)?;
+                group.send_ahead(slice(&tensor), 1)?;
             }
             Ok(())
         });
         channel.sent.push_back(work);
-        // What has arrived is let go of; an error is met by the next wait in any case.
-        while let Some(work) = channel.sent.pop_front() {
-            match work.try_wait() {
-                Ok(done) => done?,
-                Err(work) => {
-                    channel.sent.push_front(work);
-                    break;
-                }
-            }
-        }
-        Ok(())
+        channel.settle()
     }
 
     /// Receives the next tensor of a channel.
     pub fn recv(&mut self, payload: Payload, from: usize) -> Result<Tensor, EngineError> {
-        let key = (from, self.stage, payload);
-        let channel = self.channel(key);
-        if channel.posted.is_empty() {
-            channel.num_expected = channel.num_expected.max(1);
-            channel.post();
-        }
-        let tensor = channel.posted.pop_front().expect("posted above").wait()?;
-        channel.post();
+        let start = Instant::now();
+        let group =
+            self.incoming.get(&(from, self.stage, payload)).expect("the schedule names every channel");
+        let tensor = receive(&**group)?;
+        self.waited += start.elapsed();
         Ok(tensor)
     }
 
-    /// Waits until everything sent has been taken.
+    /// Meets the ends of all messages, which are taken once every stage has come so far.
     pub fn finish(&mut self) -> Result<(), EngineError> {
-        for channel in self.channels.values_mut() {
+        for channel in self.outgoing.values_mut() {
             channel.sent.drain(..).try_for_each(Work::wait)?;
         }
         Ok(())
     }
 
-    /// Time that the caller has waited for messages so far.
+    /// Time that the caller has received and waited for messages so far.
     pub fn waited(&self) -> Duration {
-        self.channels.values().map(|channel| channel.queue.waited()).sum()
+        self.waited
     }
 
-    /// Bytes sent so far.
+    /// Bytes sent so far. Not while messages are under way.
     pub fn sent_bytes(&self) -> u64 {
-        self.channels.values().map(|channel| channel.group.ledger().total().sent_bytes).sum()
-    }
-
-    fn channel(&mut self, key: Key) -> &mut Channel {
-        self.channels.get_mut(&key).expect("the schedule of all stages names every channel")
+        self.outgoing.values().map(|channel| channel.group.ledger().total().sent_bytes).sum()
     }
 }
 
-impl Channel {
-    /// Posts a receive, if a message is still expected.
-    fn post(&mut self) {
-        if self.num_expected > 0 {
-            self.num_expected -= 1;
-            self.posted.push_back(self.queue.submit(|group| receive(group)));
+impl Outgoing {
+    /// Lets go of what has been taken.
+    fn settle(&mut self) -> Result<(), EngineError> {
+        while let Some(work) = self.sent.pop_front() {
+            match work.try_wait() {
+                Ok(done) => done?,
+                Err(work) => {
+                    self.sent.push_front(work);
+                    break;
+                }
+            }
         }
+        Ok(())
     }
 }
 
@@ -176,11 +151,12 @@ type Header = [u64; HEADER_NUMEL];
 /// Types of elements, by their number in a header.
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
-fn header(tensor: &Tensor) -> [u8; HEADER_NUMEL * 8] {
+fn header(tensor: &Tensor) -> Result<[u8; HEADER_NUMEL * 8], EngineError> {
     let size = tensor.size();
-    assert!(size.len() <= HEADER_NUMEL - 2, "an activation of {} dimensions", size.len());
     let kind = KINDS.iter().position(|&kind| kind == tensor.kind());
-    let kind = kind.unwrap_or_else(|| panic!("stages exchange floats, this is {:?}", tensor.kind()));
+    let Some(kind) = kind.filter(|_| size.len() <= HEADER_NUMEL - 2) else {
+        return Err(EngineError::NotAnActivation { kind: format!("{:?}", tensor.kind()), shape: size });
+    };
     let mut numbers: Header = [0; HEADER_NUMEL];
     (numbers[0], numbers[1]) = (kind as u64, size.len() as u64);
     numbers[2..].iter_mut().zip(&size).for_each(|(number, &length)| *number = length as u64);
@@ -189,7 +165,7 @@ fn header(tensor: &Tensor) -> [u8; HEADER_NUMEL * 8] {
         .chunks_exact_mut(8)
         .zip(numbers)
         .for_each(|(bytes, number)| bytes.copy_from_slice(&number.to_le_bytes()));
-    bytes
+    Ok(bytes)
 }
 
 /// Memory for what a header announces.
@@ -217,7 +193,7 @@ pub(crate) fn broadcast(group: &Group, root: usize, tensor: Option<Tensor>) -> R
     let mut head = [0; HEADER_NUMEL * 8];
     let contiguous = tensor.map(|tensor| tensor.f_detach()?.f_contiguous()).transpose()?;
     if let Some(tensor) = &contiguous {
-        head = header(tensor);
+        head = header(tensor)?;
     }
     group.broadcast(SliceMut::of(&mut head), root)?;
     let mut tensor = contiguous.unwrap_or_else(|| announced(&head));

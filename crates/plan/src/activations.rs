@@ -8,8 +8,9 @@
 //! | recompute | the input | the forward pass once more |
 //! | offload | the input, in host memory | the input comes back, then as recompute |
 //!
-//! All three give the same bits. The last layer is always kept, whatever the rules say: its backward follows its forward at
-//! once, so that nothing would be saved.
+//! All three give the same bits. The last layer, which makes the loss, follows the schedule, whatever the rules say. Where its backward
+//! comes right after its forward it is kept: nothing would be saved. Where other micro-batches come in between (GPipe), it is
+//! recomputed: a head makes its gradients within the forward pass, and they would be held for each micro-batch.
 //!
 //! On CPU host memory is where activations are anyway: offloading moves nothing there, and needs what recomputing needs.
 
@@ -37,6 +38,15 @@ impl ActivationPolicy {
     }
 }
 
+/// When the backward of the layer that makes the loss comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LossTurn {
+    /// Right after its forward.
+    AtOnce,
+    /// After those of other micro-batches.
+    Later,
+}
+
 /// A policy for each layer, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ActivationRules {
@@ -53,14 +63,21 @@ impl ActivationRules {
     }
 
     /// The policy of each layer of a model, in order.
-    pub fn policies<'a>(&self, layers: impl IntoIterator<Item = &'a str>) -> Vec<ActivationPolicy> {
+    pub fn policies<'a>(
+        &self,
+        layers: impl IntoIterator<Item = &'a str>,
+        loss: LossTurn,
+    ) -> Vec<ActivationPolicy> {
         let policy_of = |layer: &str| {
             let rule = self.rules.iter().find(|(pattern, _)| pattern.matches(layer));
             rule.map_or(self.default, |(_, policy)| *policy)
         };
         let mut policies: Vec<_> = layers.into_iter().map(policy_of).collect();
         if let Some(last) = policies.last_mut() {
-            *last = ActivationPolicy::Keep;
+            *last = match loss {
+                LossTurn::AtOnce => ActivationPolicy::Keep,
+                LossTurn::Later => ActivationPolicy::Recompute,
+            };
         }
         policies
     }
@@ -81,18 +98,20 @@ mod tests {
     const LAYERS: [&str; 5] = ["embed", "h.0", "h.1", "h.2", "head"];
 
     #[test]
-    fn the_first_rule_that_fits_decides_and_the_last_layer_is_kept() {
+    fn the_first_rule_that_fits_decides_and_the_last_layer_follows_the_schedule() {
         let rules = ActivationRules {
             default: Recompute,
             rules: vec![(NamePattern::new("h.1"), Keep), (NamePattern::new("h.*"), Offload)],
         };
-        assert_eq!(rules.policies(LAYERS), [Recompute, Offload, Keep, Offload, Keep]);
+        let (once, later) = (LossTurn::AtOnce, LossTurn::Later);
+        assert_eq!(rules.policies(LAYERS, once), [Recompute, Offload, Keep, Offload, Keep]);
         assert_eq!(
-            ActivationRules::all(Offload).policies(LAYERS),
+            ActivationRules::all(Offload).policies(LAYERS, once),
             [Offload, Offload, Offload, Offload, Keep]
         );
-        assert_eq!(ActivationRules::default().policies(LAYERS), [Keep; 5]);
-        assert!(ActivationRules::all(Recompute).policies([]).is_empty());
+        assert_eq!(ActivationRules::default().policies(LAYERS, once), [Keep; 5]);
+        assert_eq!(ActivationRules::default().policies(LAYERS, later), [Keep, Keep, Keep, Keep, Recompute]);
+        assert!(ActivationRules::all(Recompute).policies([], later).is_empty());
     }
 
     #[test]

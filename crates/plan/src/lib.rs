@@ -40,7 +40,7 @@ pub mod tensor;
 pub mod traffic;
 pub mod zoo;
 
-pub use activations::{ActivationPolicy, ActivationRules};
+pub use activations::{ActivationPolicy, ActivationRules, LossTurn};
 pub use bytes::Bytes;
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use local::LocalBlock;

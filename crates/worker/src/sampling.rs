@@ -32,9 +32,8 @@ pub fn continue_tokens(
     for drawn in 0..max_tokens {
         let seen = &tokens[tokens.len().saturating_sub(max_positions)..];
         let input = Tensor::f_from_slice(seen)?.f_view([1, seen.len() as i64])?;
-        let logits = engine.predict(&input)?;
-        let last = logits.f_select(1, seen.len() as i64 - 1)?.f_to_kind(Kind::Float)?.f_view([-1])?;
-        let scores: Vec<f32> = Vec::try_from(&last)?;
+        let logits = engine.predict_last(&input)?;
+        let scores: Vec<f32> = Vec::try_from(&logits.f_to_kind(Kind::Float)?.f_view([-1])?)?;
         let random = philox::u64_at(sampling.seed, "generate", drawn as u64);
         let token = draw(&scores, sampling, (random >> 11) as f64 / (1u64 << 53) as f64);
         tokens.push(token);

@@ -12,6 +12,7 @@ use shardwise_data::Loader;
 use shardwise_engine::{Batch, BoxError, Engine, Ranks, TrainReport};
 use shardwise_kernels::Threads;
 use shardwise_monitor::{Outcome, PrintEvery, RunDir, StepMetrics, peak_rss_bytes};
+use shardwise_plan::Overlap;
 use shardwise_torch::{Tensor, memory, set_num_threads};
 use shardwise_zero::StepOutcome;
 
@@ -85,7 +86,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     telemetry.phase("joining");
     let mut options = ShmOptions::new(launch.rank, launch.world_size, launch.rendezvous.clone());
     options.deadline = Duration::from_secs_f64(config.parallel.deadline_s);
-    options.fingerprint = fingerprint(&loaded, args, resumed.as_ref());
+    options.fingerprint = fingerprint(&loaded, args, resumed.as_ref(), threads);
     let group = shm::join(options)?;
     telemetry.phase("building the model");
     let ranks = Ranks::new(group.clone(), config.parallel.mesh())?;
@@ -327,11 +328,14 @@ fn attachments(model: &Model, tokenizer: Option<&TextTokenizer>) -> Result<Vec<A
 }
 
 /// What must be equal on all ranks.
-fn fingerprint(loaded: &Loaded, args: &TrainArgs, resumed: Option<&Resumed>) -> String {
+fn fingerprint(loaded: &Loaded, args: &TrainArgs, resumed: Option<&Resumed>, threads: Threads) -> String {
     let mut hasher = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut hasher);
     loaded.effective().to_json().to_string().hash(&mut hasher);
     args.eval.hash(&mut hasher);
+    // They decide the order of collectives, and the last bits of what tensor-parallel ranks each compute alike.
+    threads.get().hash(&mut hasher);
+    matches!(loaded.config.overlap(num_cores(), threads.get()), Overlap::SideThread).hash(&mut hasher);
     resumed.map(Resumed::identity).hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

@@ -219,7 +219,7 @@ impl ClassPart {
         split::partial(threads(), elements::<T>(scores), targets, classes, num_classes, &mut own)?;
         let mut all = vec![RowStats::EMPTY; num_rows * self.tensor.degree()];
         let (own, out) = (RowStats::as_flat(&own), RowStats::as_flat_mut(&mut all));
-        self.tensor.group().all_gather(Slice::of(own), SliceMut::of(out))?;
+        self.tensor.run(|group| group.all_gather(Slice::of(own), SliceMut::of(out)))?;
         Ok(split::combine(&all, num_rows))
     }
 }

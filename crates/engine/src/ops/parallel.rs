@@ -11,6 +11,9 @@
 //! its tokens   enter    all-gather the tokens                  reduce-scatter the gradient
 //!              leave    reduce-scatter to its tokens           all-gather the gradient
 //! ```
+//! With sequence parallelism the gathered tokens are kept for the backward pass by the linear map that they go into, where the source
+//! gathers them again: two tensors a block as large as without, and no communication more.
+//!
 //! Sums are made in rank order in fp32 and rounded once. Without tensor parallelism all of this is the identity.
 //!
 //! # Source
@@ -195,8 +198,11 @@ pub fn embedding(
     }
     let num_rows = table.size()[0];
     let own = if num_rows == 0 {
+        // Zeros that hang on the table: the backward pass meets the other ranks' here too.
         let (batch, seq) = tokens.size2()?;
-        table.f_new_zeros([batch, seq, table.size()[1]], (table.kind(), table.device()))?
+        table
+            .f_sum_dim_intlist([0].as_slice(), false, table.kind())?
+            .f_expand([batch, seq, table.size()[1]], false)?
     } else {
         let first = first_token(vocab_size, tensor);
         let local = tokens.f_sub_scalar(first)?;
@@ -242,7 +248,7 @@ pub fn gather_classes(context: &Context<'_>, x: &Tensor, vocab_size: usize) -> R
         let mut size = vec![tensor.degree() as i64];
         size.extend(own.size());
         let mut all = own.f_new_empty(size, (own.kind(), own.device()))?;
-        tensor.group().all_gather(slice(&own), slice_mut(&mut all))?;
+        tensor.run(|group| group.all_gather(slice(&own), slice_mut(&mut all)))?;
         let parts = all.f_unbind(0)?;
         Ok(Tensor::f_cat(&parts, -1)?.f_narrow(-1, 0, vocab_size as i64)?.f_contiguous()?)
     })?)
@@ -255,7 +261,7 @@ fn same(_: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
 
 fn sum(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
     let mut y = x.f_contiguous()?.f_detach_copy()?;
-    tensor.group().all_reduce(slice_mut(&mut y))?;
+    tensor.run(|group| group.all_reduce(slice_mut(&mut y)))?;
     Ok(y)
 }
 
@@ -265,7 +271,7 @@ fn gather_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> 
     let (batch, seq, width) = own.size3()?;
     let degree = tensor.degree() as i64;
     let mut all = own.f_new_empty([degree, batch, seq, width], (own.kind(), own.device()))?;
-    tensor.group().all_gather(slice(&own), slice_mut(&mut all))?;
+    tensor.run(|group| group.all_gather(slice(&own), slice_mut(&mut all)))?;
     Ok(all.f_transpose(0, 1)?.f_reshape([batch, degree * seq, width])?)
 }
 
@@ -286,6 +292,6 @@ fn scatter_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed>
         .flat_map(|rank| (0..batch).map(move |row| (rank, row)))
         .map(|(rank, row)| part(rank, row))
         .collect();
-    tensor.group().reduce_scatter(&parts, slice_mut(&mut sum))?;
+    tensor.run(|group| group.reduce_scatter(&parts, slice_mut(&mut sum)))?;
     Ok(sum)
 }

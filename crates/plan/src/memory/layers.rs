@@ -282,7 +282,8 @@ mod tests {
         activations: &[LayerActivations],
         rules: &ActivationRules,
     ) -> Vec<LayerLoad<'a>> {
-        let policies = rules.policies(layers.iter().map(|layer| layer.name.as_str()));
+        let policies =
+            rules.policies(layers.iter().map(|layer| layer.name.as_str()), crate::LossTurn::AtOnce);
         let input = |i: usize| if i > 0 { activations[i - 1].output } else { 0 };
         let first = params.iter().position(|params| !params.trained.is_empty()).unwrap_or(params.len());
         let learns = |i: usize| match i.cmp(&first) {

@@ -48,6 +48,8 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use crate::LossTurn;
+
 pub use action::{Action, Payload, Piece};
 pub use draw::{svg, timeline};
 pub use simulate::{Durations, Simulation, Span, Transport};
@@ -108,6 +110,14 @@ impl ScheduleKind {
             return Err(ScheduleError::TooFewMicrobatches { num_stages, num_microbatches });
         }
         Ok(())
+    }
+}
+
+/// When the last stage runs the loss of a micro-batch backward; without a pipeline there is one schedule.
+pub fn loss_turn(schedule: Option<ScheduleKind>, num_microbatches: usize) -> LossTurn {
+    match schedule {
+        Some(ScheduleKind::GPipe) if num_microbatches > 1 => LossTurn::Later,
+        _ => LossTurn::AtOnce,
     }
 }
 

@@ -8,11 +8,11 @@ use super::cost::Costs;
 use super::{Cluster, Estimate, Job, Layout, Recompute};
 use crate::memory::LayerActivations;
 use crate::param::LayerSpec;
-use crate::pipeline::{ScheduleKind, Stages};
+use crate::pipeline::{ScheduleKind, Stages, loss_turn};
 use crate::share::Share;
 use crate::tensor::SplitError;
 use crate::zoo::Microbatch;
-use crate::{ActivationPolicy, ActivationRules, Axis, Mesh, ZeroStage};
+use crate::{ActivationPolicy, ActivationRules, Axis, LossTurn, Mesh, ZeroStage};
 
 /// The largest power of two that is tried as a micro-batch.
 const MOST_SAMPLES: usize = 64;
@@ -62,14 +62,19 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
         }
     }
     let sizes = micro_batches(job);
-    let policies = |recompute| {
+    let policies = |recompute, loss| {
         let policy = match recompute {
             Recompute::Off => ActivationPolicy::Keep,
             Recompute::Layers => ActivationPolicy::Recompute,
         };
-        ActivationRules::all(policy).policies(layers.iter().map(|layer| layer.name.as_str()))
+        let policies =
+            ActivationRules::all(policy).policies(layers.iter().map(|layer| layer.name.as_str()), loss);
+        ((recompute, loss), policies)
     };
-    let (kept, recomputed) = (policies(Recompute::Off), policies(Recompute::Layers));
+    let policies: Vec<_> = [Recompute::Off, Recompute::Layers]
+        .into_iter()
+        .flat_map(|recompute| [LossTurn::AtOnce, LossTurn::Later].map(|loss| policies(recompute, loss)))
+        .collect();
     let is_frozen = |name: &str| job.frozen.iter().any(|pattern| pattern.matches(name));
     let mut locals = Vec::new();
     for tensor in degrees(job.tensor) {
@@ -105,10 +110,9 @@ pub fn search(job: &Job, cluster: &Cluster) -> Search {
                 let shares = Share::all(&local.layers, stages, mesh, job.sequence, is_frozen);
                 let costs = Costs { job, cluster, stages, shares: &shares, flops: &flops };
                 for layout in layouts(job, mesh, *schedule, &sizes) {
-                    let policies = match layout.recompute {
-                        Recompute::Off => &kept,
-                        Recompute::Layers => &recomputed,
-                    };
+                    let key = (layout.recompute, loss_turn(layout.schedule, layout.num_microbatches));
+                    let policies = policies.iter().find(|(of, _)| *of == key).expect("all four are there");
+                    let policies = &policies.1;
                     found.add(costs.estimate(&layout, &local.activations[&layout.micro_batch], policies));
                 }
             }

@@ -13,6 +13,7 @@ pub use shape::{RunShape, RunShapeError};
 
 use crate::layout::units_of;
 use crate::memory::{MemoryPlan, StateWidths};
+use crate::pipeline::loss_turn;
 use crate::share::{Share, Step};
 use crate::traffic::{AxisTraffic, Traffic};
 use crate::zoo::Microbatch;
@@ -75,6 +76,7 @@ impl RunPlan {
             head_chunk_rows: shape.head_chunk_rows,
         };
         let activations = shape.model.activations(tensor, shape.sequence, microbatch);
+        let loss = loss_turn(shape.schedule, shape.grad_accum_steps);
         let step = Step {
             mesh: shape.mesh,
             stages: &stages,
@@ -83,7 +85,7 @@ impl RunPlan {
             sequence: shape.sequence,
             hidden_size: shape.model.hidden_size(),
             activations: &activations,
-            policies: &shape.activations.policies(specs.iter().map(|layer| layer.name.as_str())),
+            policies: &shape.activations.policies(specs.iter().map(|layer| layer.name.as_str()), loss),
             compute_bytes: shape.compute_bytes,
             widths: StateWidths::new(shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes),
             microbatch_tokens: shape.micro_batch * shape.seq_len,
