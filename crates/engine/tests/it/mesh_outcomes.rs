@@ -1,8 +1,8 @@
 //! What a step does on a mesh when something is wrong in one place of it, or held fast there.
 
 use shardwise_engine::{Engine, TrainReport};
-use shardwise_plan::ZeroStage;
 use shardwise_plan::pipeline::ScheduleKind;
+use shardwise_plan::{Coordinates, ZeroStage};
 use shardwise_zero::{Direction, Optimizer, Overlap, SgdOptions, SkipReason, StepOutcome};
 
 use crate::runs::weights;
@@ -15,10 +15,10 @@ type Values = (String, Vec<f32>);
 fn train(
     run: &StackRun,
     steps: &[usize],
-    spoilt: impl Fn(usize, usize) -> bool + Sync,
+    spoilt: impl Fn(Coordinates, usize) -> bool + Sync,
 ) -> Vec<(Vec<TrainReport>, Vec<Vec<Values>>)> {
     on_mesh(run.mesh, |ranks| {
-        let (rank, at) = (ranks.world().group_rank(), ranks.at());
+        let at = ranks.at();
         let told = Told::default();
         let mut engine = run.engine(ranks, &told);
         let sorted = |engine: &mut Engine| {
@@ -29,7 +29,7 @@ fn train(
         let mut all = vec![sorted(&mut engine)];
         let mut reports = Vec::new();
         for &step in steps {
-            let mishap = spoilt(rank, step).then_some(("pair.3", Mishap::Gradient));
+            let mishap = spoilt(at, step).then_some(("pair.3", Mishap::Gradient));
             *told.lock().unwrap() = mishap;
             let batch = |microbatch| Ok(run.batch(at.data, step, microbatch));
             reports.push(engine.train_step(run.lr, batch).unwrap());
@@ -43,18 +43,21 @@ fn train(
 /// in the same words, and go on as if it had not been.
 #[test]
 fn a_gradient_spoilt_on_one_rank_skips_the_step_on_all() {
-    for (mesh, spoilt_rank, schedule) in [
-        ([3, 1, 2], 3, ScheduleKind::OneForwardOneBackward),
-        ([3, 2, 1], 3, ScheduleKind::GPipe),
-        ([3, 2, 2], 7, ScheduleKind::ZeroBubble),
-        ([1, 2, 2], 1, ScheduleKind::OneForwardOneBackward),
-        ([2, 1, 1], 1, ScheduleKind::Interleaved { num_chunks: 2 }),
+    for (mesh, schedule) in [
+        ([3, 1, 2], ScheduleKind::OneForwardOneBackward),
+        ([3, 2, 1], ScheduleKind::GPipe),
+        ([3, 2, 2], ScheduleKind::ZeroBubble),
+        ([1, 2, 2], ScheduleKind::OneForwardOneBackward),
+        ([2, 1, 1], ScheduleKind::Interleaved { num_chunks: 2 }),
     ] {
         for stage in ZeroStage::ALL {
             let overlap = if stage.shards_parameters() { Overlap::SideThread } else { Overlap::Inline };
             let run = StackRun { schedule, overlap, ..StackRun::new(mesh, stage) };
             let what = format!("{mesh:?}, stage {stage}, {schedule}");
-            let ends = train(&run, &[0, 1, 2], |rank, step| rank == spoilt_rank && step == 1);
+            let ends = train(&run, &[0, 1, 2], |at, step| {
+                // Of the ranks with the layer: the last of its data group and of its tensor group.
+                step == 1 && [at.data + 1, at.tensor + 1] == mesh[1..]
+            });
             let without = train(&run, &[0, 2], |_, _| false);
             for ((reports, all), (good, good_all)) in ends.iter().zip(&without) {
                 // As texts: a norm that is not a number is not equal to itself.
