@@ -10,9 +10,8 @@ use shardwise_zero::Overlap;
 
 use crate::runs::{Run, SCHEDULES, dropping_gpt2, dropping_llama, gpt2, llama};
 
-const NUM_STEPS: usize = 3;
+const NUM_STEPS: usize = 2;
 
-/// The numbers of micro-batches, by whether ranks split the sequence.
 fn check(mesh: [usize; 3], compute: DType, accum: usize, sequence: SequenceParallel) {
     // Llama shares key-value heads where there are more than 2 tensor ranks, GPT-2 ties its table over stages.
     for model in [llama(), gpt2()] {
@@ -24,7 +23,6 @@ fn check(mesh: [usize; 3], compute: DType, accum: usize, sequence: SequenceParal
         assert!(boundary.outcomes.iter().all(|outcome| outcome.is_applied()));
         let each = if accum == 1 { boundary.clone() } else { run(ZeroStage::Two, Overlap::Inline) };
         for (stage, overlap) in [
-            (ZeroStage::One, Overlap::Inline),
             (ZeroStage::One, Overlap::SideThread),
             (ZeroStage::Two, Overlap::SideThread),
             (ZeroStage::Three, Overlap::Inline),
@@ -41,18 +39,19 @@ fn check(mesh: [usize; 3], compute: DType, accum: usize, sequence: SequenceParal
 
 #[test]
 fn stages_give_the_same_bits_with_micro_batches() {
-    for mesh in [[2, 2, 2], [2, 2, 1], [1, 2, 2], [4, 2, 1]] {
-        for compute in [DType::F32, DType::Bf16] {
+    for compute in [DType::F32, DType::Bf16] {
+        for mesh in [[2, 2, 2], [2, 2, 1], [1, 2, 2]] {
             check(mesh, compute, 4, SequenceParallel::Off);
         }
     }
+    check([4, 2, 1], DType::Bf16, 4, SequenceParallel::Off);
 }
 
 #[test]
 fn stages_give_the_same_bits_with_sequence_parallelism() {
     check([2, 2, 2], DType::Bf16, 4, SequenceParallel::On);
     check([1, 2, 2], DType::F32, 4, SequenceParallel::On);
-    check([1, 2, 4], DType::Bf16, 4, SequenceParallel::On);
+    check([1, 2, 4], DType::Bf16, 2, SequenceParallel::On);
 }
 
 #[test]

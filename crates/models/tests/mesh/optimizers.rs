@@ -16,7 +16,8 @@ use crate::equality::{Tolerance, check};
 use crate::runs::{Run, dropping_gpt2, gpt2, llama};
 
 /// Sums in another order, as with AdamW; nothing is divided by what may nearly vanish but the norm of a whole parameter.
-const F32: Tolerance = Tolerance { losses: 2e-6, first_norm: 3e-6, norms: 3e-5, weights: 5e-4 };
+const F32: Tolerance =
+    Tolerance { losses: 2e-6, first_norm: 3e-6, norms: 3e-5, weights: 5e-4, all_weights: 1e-5, logits: 1e-3 };
 
 fn lamb() -> Optimizer {
     Optimizer::Lamb(LambOptions {
@@ -41,7 +42,7 @@ fn sgd() -> Optimizer {
 fn lamb_and_sgd_train_as_on_one_rank() {
     for (model, optimizer) in [(llama(), lamb()), (gpt2(), lamb()), (gpt2(), sgd()), (llama(), sgd())] {
         let run = |mesh, stage| {
-            let run = Run::new(&model, mesh, stage, DType::F32).steps(4);
+            let run = Run::new(&model, mesh, stage, DType::F32).steps(3);
             Run { optimizer: optimizer.clone(), ..run }
         };
         let alone = run([1, 1, 1], ZeroStage::Zero).trace();
@@ -51,7 +52,7 @@ fn lamb_and_sgd_train_as_on_one_rank() {
             ([2, 2, 2], SequenceParallel::On),
             ([1, 2, 4], SequenceParallel::Off),
         ] {
-            for stage in [ZeroStage::Zero, ZeroStage::One, ZeroStage::Three] {
+            for stage in [ZeroStage::One, ZeroStage::Three] {
                 let what = format!("{} {mesh:?} stage {stage} {optimizer:?}", model["model_type"]);
                 check(&Run { sequence, ..run(mesh, stage) }.trace(), &alone, F32, &what);
             }
@@ -78,7 +79,8 @@ fn pieces(run: &Run) -> Vec<HashMap<Piece, Vec<u8>>> {
             .collect();
         let width = run.compute.size_bytes();
         let mut pieces = HashMap::new();
-        for unit in 0..engine.zero().layouts().len() {
+        let num_units = engine.zero().layouts().len();
+        for unit in 0..num_units {
             let bytes = engine.zero_mut().compute_bytes(unit).unwrap();
             for slot in &engine.zero().layout(unit).slots {
                 let part = match whole[&slot.param.name] {
@@ -118,7 +120,7 @@ fn copies_of_a_parameter_never_drift_apart() {
                 (ZeroStage::Three, DType::F32, StatePrecision::Bf16 { seed: 11 }),
                 (ZeroStage::Two, DType::Bf16, StatePrecision::F32),
             ] {
-                let run = Run::new(&model, mesh, stage, compute).steps(4);
+                let run = Run::new(&model, mesh, stage, compute).steps(2);
                 let run = Run { sequence, states, schedule: ScheduleKind::ZeroBubble, ..run };
                 let run = Run { overlap: Overlap::SideThread, ..run };
                 let mut first: HashMap<Piece, Vec<u8>> = HashMap::new();
@@ -145,14 +147,21 @@ fn copies_of_a_parameter_never_drift_apart() {
 #[test]
 fn states_in_16_bits_train_as_on_one_rank() {
     let run = |mesh, stage| {
-        let run = Run::new(&gpt2(), mesh, stage, DType::F32).steps(4);
+        let run = Run::new(&gpt2(), mesh, stage, DType::F32).steps(3);
         Run { states: StatePrecision::Bf16 { seed: 11 }, ..run }
     };
     let alone = run([1, 1, 1], ZeroStage::Zero).trace();
     let f32 = Run { states: StatePrecision::F32, ..run([1, 1, 1], ZeroStage::Zero) }.trace();
     assert!(alone.weights != f32.weights, "states are rounded");
     // A state that is on the edge goes to the one or the other side, 2^-8 of it; weights move by a few steps of 3e-3.
-    let tolerance = Tolerance { losses: 1e-4, first_norm: 3e-6, norms: 1e-3, weights: 5e-2 };
+    let tolerance = Tolerance {
+        losses: 1e-4,
+        first_norm: 3e-6,
+        norms: 1e-3,
+        weights: 5e-2,
+        all_weights: 1e-3,
+        logits: 1e-2,
+    };
     for mesh in [[2, 1, 1], [1, 1, 2], [2, 2, 2]] {
         for stage in [ZeroStage::One, ZeroStage::Three] {
             check(
@@ -196,7 +205,14 @@ fn muon_is_refused_on_several_tensor_ranks_and_runs_on_pipelines() {
         }
     }
     // The orthogonalization amplifies the smallest singular values, whose vectors sums in another order turn.
-    let tolerance = Tolerance { losses: 1e-4, first_norm: 3e-6, norms: 1e-3, weights: 5e-2 };
+    let tolerance = Tolerance {
+        losses: 1e-4,
+        first_norm: 3e-6,
+        norms: 1e-3,
+        weights: 5e-2,
+        all_weights: 1e-3,
+        logits: 1e-2,
+    };
     let alone = run([1, 1, 1], ZeroStage::Zero).trace();
     for mesh in [[2, 1, 1], [2, 2, 1], [4, 1, 1]] {
         for stage in [ZeroStage::Zero, ZeroStage::Three] {

@@ -128,7 +128,7 @@ impl Run {
 
     pub fn try_engine(&self, world: Group) -> Result<Engine, EngineError> {
         set_num_threads(1);
-        let ranks = Ranks::new(world, self.mesh()).unwrap();
+        let ranks = Ranks::new(world, self.mesh())?;
         let config = ModelConfig::from_json(&self.model).unwrap();
         Engine::new(build(&config).unwrap(), self.options(), ranks, &mut RandomInit { seed: 3 })
     }
