@@ -5,7 +5,7 @@ use shardwise_plan::ZeroStage;
 use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::SequenceParallel;
 
-use crate::runs::{Run, SCHEDULES, Trace, gpt2, llama};
+use crate::runs::{Run, SCHEDULES, Trace, Weights, gpt2, llama};
 
 /// How far another mesh may lead, relative to the run of one rank.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +33,7 @@ pub fn check(found: &Trace, expected: &Trace, tolerance: Tolerance, what: &str) 
     let first_norm = worst(&found.norms[..1], &expected.norms[..1]);
     let norms = worst(&found.norms, &expected.norms);
     let asked = worst(&[found.asked], &[expected.asked]);
-    let weight_gap = |((name, a), (other, b)): (&(String, Vec<f32>), &(String, Vec<f32>))| {
+    let weight_gap = |((name, a), (other, b)): (&Weights, &Weights)| {
         assert_eq!((name, a.len()), (other, b.len()), "{what}");
         let largest = b.iter().fold(1e-3f32, |most, x| most.max(x.abs()));
         f64::from(a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest)
@@ -46,7 +46,7 @@ pub fn check(found: &Trace, expected: &Trace, tolerance: Tolerance, what: &str) 
     };
     let (ours, theirs) = (sorted(found), sorted(expected));
     let weights = ours.iter().zip(&theirs).map(weight_gap).fold(0.0, f64::max);
-    let values = |all: &[(String, Vec<f32>)]| -> Vec<f64> {
+    let values = |all: &[Weights]| -> Vec<f64> {
         all.iter().flat_map(|(_, values)| values).map(|&value| f64::from(value)).collect()
     };
     let (ours, theirs) = (values(&ours), values(&theirs));

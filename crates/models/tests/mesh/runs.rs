@@ -177,13 +177,16 @@ impl Run {
     }
 }
 
+/// A parameter's name and values.
+pub type Weights = (String, Vec<f32>);
+
 /// Losses, norms, outcomes, final weights, and what the trained model says of a text.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
     pub losses: Vec<f64>,
     pub norms: Vec<f64>,
     pub outcomes: Vec<StepOutcome>,
-    pub weights: Vec<(String, Vec<f32>)>,
+    pub weights: Vec<Weights>,
     pub asked: f64,
     pub logits: Vec<f32>,
 }
