@@ -167,4 +167,27 @@ mod tests {
         assert_eq!(errors[0], "rank `1` gave up: a queued operation panicked: no luck");
         assert_eq!(errors[1], "a queued operation of group `world` panicked: no luck");
     }
+
+    /// A receive that is posted ahead of a message that never comes: the thread that panics does not wait for it, and the other rank
+    /// hears of the panic, not of a stall.
+    #[test]
+    fn a_rank_that_panics_does_not_wait_for_what_it_has_queued() {
+        let options = crate::Options { deadline: Duration::from_secs(5), ..Default::default() };
+        let told = std::sync::Mutex::new(None);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            crate::thread::run_with(2, options, |group| {
+                let messages = group.subgroup("messages", &[0, 1]).unwrap().expect("both are in it");
+                let queue = CommQueue::new(messages).unwrap();
+                if group.group_rank() == 0 {
+                    let mut buffer = vec![0f32; 3];
+                    let _posted = queue.submit(move |group| group.recv(SliceMut::of(&mut buffer), 1));
+                    panic!("out of luck");
+                }
+                *told.lock().unwrap() = group.barrier().err();
+            })
+        }));
+        assert_eq!(panic_message(&*outcome.unwrap_err()), "out of luck");
+        let told = told.into_inner().unwrap();
+        assert!(matches!(told, Some(CommError::GaveUp { rank: 0, .. })), "{told:?}");
+    }
 }

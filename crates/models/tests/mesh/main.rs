@@ -3,5 +3,11 @@
 // Helpers of tests may unwrap as tests may.
 #![allow(clippy::unwrap_used)]
 
+mod bits;
+mod dropout;
 mod equality;
+mod optimizers;
+mod outcomes;
+mod precision;
+mod refusals;
 mod runs;

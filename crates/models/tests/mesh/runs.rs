@@ -1,7 +1,7 @@
 //! Runs of two small models over any mesh, and what they leave behind.
 
 use serde_json::{Value, json};
-use shardwise_comm::thread;
+use shardwise_comm::{Group, thread};
 use shardwise_device::DType;
 use shardwise_engine::{Batch, Engine, EngineError, EngineOptions, PipelineOptions, RandomInit, Ranks};
 use shardwise_models::build;
@@ -10,7 +10,7 @@ use shardwise_plan::zoo::{ModelConfig, SequenceParallel};
 use shardwise_plan::{ActivationPolicy, ActivationRules, Mesh, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, StepOutcome, ZeroOptions,
+    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, StatePrecision, StepOutcome, ZeroOptions,
 };
 
 /// Samples of a step, however it is split.
@@ -40,6 +40,20 @@ pub fn dropping_gpt2() -> Value {
     config
 }
 
+/// Llama whose attention drops probabilities.
+pub fn dropping_llama() -> Value {
+    let mut config = llama();
+    config["attention_dropout"] = 0.2.into();
+    config
+}
+
+pub const SCHEDULES: [ScheduleKind; 4] = [
+    ScheduleKind::GPipe,
+    ScheduleKind::OneForwardOneBackward,
+    ScheduleKind::Interleaved { num_chunks: 2 },
+    ScheduleKind::ZeroBubble,
+];
+
 /// One way to train a model.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -57,6 +71,7 @@ pub struct Run {
     pub frozen: Vec<String>,
     pub num_steps: usize,
     pub optimizer: Optimizer,
+    pub states: StatePrecision,
 }
 
 impl Run {
@@ -74,6 +89,7 @@ impl Run {
             clip: None,
             frozen: vec![],
             num_steps: 10,
+            states: StatePrecision::F32,
             optimizer: Optimizer::AdamW(AdamOptions {
                 beta1: 0.9,
                 beta2: 0.99,
@@ -90,6 +106,7 @@ impl Run {
         zero.grad_accum_steps = self.accum;
         zero.clip_grad_norm = self.clip;
         zero.overlap = self.overlap;
+        zero.states = self.states;
         zero.loss_scaling = (self.compute == DType::F16).then_some(LossScaling::Static(256.0));
         let mut options = EngineOptions::new(zero);
         options.activations = ActivationRules::all(self.activations);
@@ -100,16 +117,24 @@ impl Run {
         options
     }
 
-    fn mesh(&self) -> Mesh {
+    pub fn mesh(&self) -> Mesh {
         let [pipeline, data, tensor] = self.mesh;
         Mesh::new(pipeline * data * tensor, pipeline, tensor).unwrap()
     }
 
-    pub fn engine(&self, world: shardwise_comm::Group) -> Engine {
+    pub fn engine(&self, world: Group) -> Engine {
+        self.try_engine(world).unwrap()
+    }
+
+    pub fn try_engine(&self, world: Group) -> Result<Engine, EngineError> {
         set_num_threads(1);
-        let ranks = Ranks::new(world, self.mesh()).unwrap();
+        let ranks = Ranks::new(world, self.mesh())?;
         let config = ModelConfig::from_json(&self.model).unwrap();
-        Engine::new(build(&config).unwrap(), self.options(), ranks, &mut RandomInit { seed: 3 }).unwrap()
+        Engine::new(build(&config).unwrap(), self.options(), ranks, &mut RandomInit { seed: 3 })
+    }
+
+    pub fn steps(self, num_steps: usize) -> Self {
+        Run { num_steps, ..self }
     }
 
     /// This rank's micro-batch: global batches are the same rows however they are split.
@@ -152,13 +177,16 @@ impl Run {
     }
 }
 
+/// A parameter's name and values.
+pub type Weights = (String, Vec<f32>);
+
 /// Losses, norms, outcomes, final weights, and what the trained model says of a text.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
     pub losses: Vec<f64>,
     pub norms: Vec<f64>,
     pub outcomes: Vec<StepOutcome>,
-    pub weights: Vec<(String, Vec<f32>)>,
+    pub weights: Vec<Weights>,
     pub asked: f64,
     pub logits: Vec<f32>,
 }
