@@ -63,7 +63,7 @@ impl Layer for Pair {
             }
             Some(Mishap::Gradient) => up = tap(&up, |grad| Ok(grad.f_mul_scalar(f64::NAN)?))?,
         }
-        let hidden = ops::linear(&ops::enter(context, x)?, &up, None)?.f_tanh()?;
+        let hidden = ops::linear(context, &ops::enter(context, x)?, &up, None)?.f_tanh()?;
         let out = ops::row_linear(context, &hidden, params.get("down")?, Some(params.get("bias")?))?;
         Ok(x.f_add(&out)?)
     }
