@@ -108,15 +108,16 @@ impl ModelConfig {
         };
         // Dropped attention of grouped queries holds keys and values for every head.
         let repeated = if widths.drops_attention && kv < q { 2 * q } else { 0 };
-        // Two normalised inputs and the residual; q, k, v and the attention's output; the MLP's own.
-        let kept = 3 * between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
+        // Two normalised inputs, whole as linear layers are given them, and the residual; q, k, v and the attention's output; the
+        // MLP's own.
+        let kept = 2 * d + between + 2 * q + 2 * kv + mlp + repeated + 2 * probabilities;
         // As for one rank: within the MLP one gradient is gone by the end; attention follows when what the MLP held is gone.
         let (within_mlp, gone) = match self {
             ModelConfig::Llama(_) => (2 * f, mlp + between),
             ModelConfig::Gpt2(_) => (f + between, mlp + between),
         };
         let attention = (2 * (q + kv) + repeated + probabilities).saturating_sub(gone);
-        // Split tokens are gathered for a linear layer, and again for its backward.
+        // Gradients of split tokens are gathered for the backward of a linear layer.
         let gathered = if between < d { d } else { 0 };
         let backward = within_mlp.max(attention) + gathered;
         let block = LayerActivations { kept, output: between, forward: d, backward, fixed: 0 };
