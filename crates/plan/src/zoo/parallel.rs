@@ -175,7 +175,7 @@ mod tests {
         // 2 key and value heads of width 8: each of 4 ranks has one.
         assert_eq!(one.kept, 3 * 64 + 2 * 64 + 2 * 16 + 3 * 192);
         assert_eq!(four.kept, 3 * 64 + 2 * 16 + 2 * 8 + 3 * 48);
-        assert_eq!(block(4, SequenceParallel::On).kept, 3 * 16 + 2 * 16 + 2 * 8 + 3 * 48);
+        assert_eq!(block(4, SequenceParallel::On).kept, 2 * 64 + 16 + 2 * 16 + 2 * 8 + 3 * 48);
         assert_eq!(block(4, SequenceParallel::On).output, 16);
     }
 
