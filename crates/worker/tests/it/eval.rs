@@ -110,6 +110,7 @@ fn a_mesh_measures_a_text_as_one_rank_does() {
         (before, after, num_tokens.join(", "))
     };
     let alone = measure([1, 1, 1], 0, false);
+    assert_eq!(alone.2.matches(" tokens").count(), 2, "{}", alone.2);
     for (mesh, stage, sequence) in
         [([2, 1, 1], 1, false), ([1, 1, 2], 0, true), ([2, 2, 1], 3, false), ([1, 2, 2], 3, false)]
     {

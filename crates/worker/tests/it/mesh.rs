@@ -4,7 +4,7 @@ use crate::case::Curve;
 use crate::layout::{Layout, Model, gap};
 use crate::ranks::Ended;
 
-const STEPS: usize = 6;
+const STEPS: usize = 5;
 
 /// The same sums in other orders: of the samples, of the parts that ranks have of a matrix product, of the norm. Of a loss of about 7,
 /// and of a norm as a part of it (4e-7 was measured).

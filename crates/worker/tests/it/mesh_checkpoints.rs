@@ -12,8 +12,8 @@ use shardwise_monitor::StepMetrics;
 use crate::layout::{Layout, Model, gap};
 use crate::ranks::{Ended, Ranks};
 
-const STEPS: usize = 6;
-const CUT: usize = 3;
+const STEPS: usize = 4;
+const CUT: usize = 2;
 
 /// Another mesh adds the same numbers in another order. Of a loss of about 7, and of a norm as a part of it.
 const RESHARDED_TOLERANCE: f64 = 3e-6;
