@@ -1,5 +1,7 @@
 //! Whole parameters, on every rank: for files and for tests.
 
+use std::borrow::Cow;
+
 use shardwise_device::{Slice, SliceMut};
 use shardwise_plan::ParamSpec;
 use shardwise_zero::ZeroError;
@@ -68,18 +70,14 @@ fn with_whole(
     local: &[f32],
     visit: &mut impl FnMut(&ParamSpec, &[f32]),
 ) -> Result<(), Stop> {
-    let assembled;
-    let values = if stage.degree == 1 || param.split.is_none() {
-        local
-    } else {
-        assembled = assemble(stage, ranks, param, local)?;
-        &assembled
-    };
+    let is_split = stage.degree > 1 && param.split.is_some();
+    let mut values =
+        if is_split { Cow::from(assemble(stage, ranks, param, local)?) } else { Cow::from(local) };
     if stage.stages.num_stages() > 1 {
-        let mut sent = values.to_vec();
-        ranks.pipeline.broadcast(SliceMut::of(&mut sent), stage.stage).map_err(EngineError::from)?;
+        let sent = SliceMut::of(values.to_mut().as_mut_slice());
+        ranks.pipeline.broadcast(sent, stage.stage).map_err(EngineError::from)?;
     }
-    visit(param, values);
+    visit(param, &values);
     Ok(())
 }
 
@@ -87,10 +85,13 @@ fn assemble(stage: &Stage, ranks: &Ranks, param: &ParamSpec, local: &[f32]) -> R
     let numel_of = |rank: usize| param.local(stage.degree, rank).map(|local| local.numel());
     let sizes = (0..stage.degree).map(numel_of).collect::<Result<Vec<_>, _>>().map_err(EngineError::from)?;
     let most = sizes.iter().copied().max().unwrap_or(0);
-    let mut own = local.to_vec();
-    own.resize(most, 0.0);
+    let mut own = Cow::from(local);
+    if own.len() < most {
+        own.to_mut().resize(most, 0.0);
+    }
     let mut all = vec![0f32; most * stage.degree];
     ranks.tensor.all_gather(Slice::of(&own), SliceMut::of(&mut all)).map_err(EngineError::from)?;
+    drop(own);
     let mut values = vec![0f32; param.numel()];
     for (rank, &numel) in sizes.iter().enumerate() {
         let part = &all[rank * most..rank * most + numel];

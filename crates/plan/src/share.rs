@@ -18,13 +18,13 @@ use std::ops::Range;
 
 use crate::layout::units_on_stage;
 use crate::memory::{
-    Flow, LayerActivations, LayerLoad, LayerParams, Learning, MemoryPlan, StateWidths, Workload,
+    Flow, LayerActivations, LayerLoad, LayerParams, Learning, MemoryPlan, StateWidths, Workload, Written,
     first_backward, layer_params,
 };
 use crate::pipeline::{ScheduleKind, Stages};
 use crate::traffic::{AxisTraffic, Traffic};
 use crate::zoo::SequenceParallel;
-use crate::{ActivationPolicy, Axis, Bytes, LayerSpec, Mesh, Overlap, UnitLayout, ZeroStage};
+use crate::{ActivationPolicy, Axis, Bytes, LayerSpec, Mesh, Overlap, ParamSpec, UnitLayout, ZeroStage};
 
 /// What a rank of one pipeline stage holds.
 #[derive(Debug, Clone)]
@@ -42,6 +42,8 @@ pub struct Share {
     first_learner: usize,
     /// Elements sent when the gradients of one micro-batch are summed over the tensor group.
     summed_numel: usize,
+    /// Whole parameters while the model is written.
+    written: Written,
 }
 
 impl Share {
@@ -54,6 +56,7 @@ impl Share {
         is_frozen: impl Fn(&str) -> bool,
     ) -> Vec<Share> {
         let shared = stages.shared_params(layers);
+        let tensor = mesh.degree(Axis::Tensor);
         let names: HashSet<String> = shared.iter().map(|param| param.name.clone()).collect();
         let learns = |layer: &LayerSpec| layer.params.iter().any(|param| !is_frozen(&param.name));
         let first_learner = layers.iter().position(learns).unwrap_or(layers.len());
@@ -71,7 +74,8 @@ impl Share {
                 params: layer_params(&own, &units),
                 shared: units.iter().enumerate().filter_map(here).collect(),
                 first_learner,
-                summed_numel: summed_numel(&units, mesh.degree(Axis::Tensor), sequence),
+                summed_numel: summed_numel(&units, tensor, sequence),
+                written: written(layers, &units, stages.num_stages(), tensor),
                 units,
             }
         };
@@ -92,6 +96,22 @@ fn summed_numel(units: &[UnitLayout], degree: usize, sequence: SequenceParallel)
         2 * slot.param.numel() * (ranks - 1) / ranks
     };
     slots.map(sent).sum()
+}
+
+/// The largest parameters, whole: those of `units`, as often as a rank holds them at a time, and any of the model's.
+fn written(layers: &[LayerSpec], units: &[UnitLayout], num_stages: usize, degree: usize) -> Written {
+    let whole = |param: &ParamSpec| match param.split {
+        Some(split) => param.numel() * degree / split.num_sharers(degree),
+        None => param.numel(),
+    };
+    // Parts of the group and what is made of them; what goes to other stages.
+    let copies = |param: &ParamSpec| match param.split {
+        Some(_) if degree > 1 => 2,
+        _ => usize::from(num_stages > 1),
+    };
+    let own = units.iter().flat_map(|unit| &unit.slots).map(|slot| copies(&slot.param) * whole(&slot.param));
+    let all = layers.iter().flat_map(|layer| &layer.params).map(whole);
+    Written { own: own.max().unwrap_or(0), others: all.max().filter(|_| num_stages > 1).unwrap_or(0) }
 }
 
 /// How a step goes.
@@ -125,6 +145,9 @@ pub struct Step<'a> {
     pub overlap: Overlap,
 }
 
+/// What a rank says of a token's scores: their maximum, the sum of their exponentials, the target's score, in fp32.
+const ROW_STATS_BYTES: usize = 12;
+
 /// A direction through a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
@@ -147,6 +170,7 @@ impl Step<'_> {
             microbatch_tokens: self.microbatch_tokens,
             grad_accum_steps: self.num_microbatches,
             overlap: self.overlap,
+            written: share.written,
         };
         MemoryPlan::new(&load, zero)
     }
@@ -277,7 +301,8 @@ impl Step<'_> {
     /// What a rank sends to its tensor group for one layer and micro-batch.
     ///
     /// An all-reduce sends 2 (T - 1) / T of the activations, and so do the all-gather and reduce-scatter in its place where
-    /// tokens are split.
+    /// tokens are split: what was gathered for linear layers stays for their backward. The head's
+    /// ranks also tell each other, of every token, what its softmax over all classes takes.
     pub fn tensor_bytes(&self, layer: usize, pass: Pass) -> Bytes {
         let degree = self.mesh.degree(Axis::Tensor) as u64;
         let whole = Bytes::of(self.microbatch_tokens * self.hidden_size, self.compute_bytes).0;
@@ -295,14 +320,13 @@ impl Step<'_> {
             Pass::Backward if last => 2,
             Pass::Backward => 4 + 4 * recomputes,
         };
-        let sums = Bytes(halves * whole * (degree - 1) / degree);
-        match pass {
-            // Of each token's scores: the largest, a sum, and that of the target.
-            Pass::Forward if last => {
-                sums + Bytes::of(self.microbatch_tokens * (degree as usize - 1) * 3, size_of::<f32>())
-            }
-            _ => sums,
-        }
+        let softmaxes = match pass {
+            Pass::Forward if last => 1,
+            Pass::Backward if last => recomputes,
+            _ => 0,
+        };
+        let stats = Bytes::of(self.microbatch_tokens * (degree as usize - 1), ROW_STATS_BYTES);
+        Bytes(halves * whole * (degree - 1) / degree + softmaxes * stats.0)
     }
 }
 

@@ -69,11 +69,13 @@ impl Failure {
     }
 }
 
-/// The failure between ranks that `error` is, if it is one. Transparent errors leave themselves out of the chain of causes, so what they
-/// hold is taken out by type.
+/// The failure between ranks that `error` is, if it is one. Transparent errors leave themselves out of the chain of causes, and a boxed
+/// one is not of its own type there, so what they hold is taken out by type.
 fn comm_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CommError> {
     if let Some(ModelError::Engine(inner)) = error.downcast_ref() {
         comm_error(inner)
+    } else if let Some(EngineError::Layer { source, .. }) = error.downcast_ref() {
+        comm_error(&**source)
     } else if let Some(EngineError::Zero(inner)) = error.downcast_ref() {
         comm_error(inner)
     } else if let Some(EngineError::Comm(inner)) = error.downcast_ref() {

@@ -1,7 +1,8 @@
 //! What `shardwise plan` predicts, against what ranks then need and send.
 //!
-//! The two cases are those that the project is compared on: `small` (34 M parameters), where activations and libtorch
-//! weigh as much as model state, and `medium` (188 M), where state does.
+//! Two cases are those that the project is compared on: `small` (34 M parameters), where activations and libtorch
+//! weigh as much as model state, and `medium` (188 M), where state does. On meshes each rank is held to its own plan, for a model
+//! in between.
 
 // Helpers of tests may unwrap as tests may.
 #![allow(clippy::unwrap_used)]
@@ -9,7 +10,8 @@
 use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use shardwise_config::RunConfig;
@@ -18,6 +20,8 @@ use tempfile::TempDir;
 
 /// Relative error that a prediction may have.
 const TOLERANCE: f64 = 0.15;
+/// On a mesh, of every rank.
+const MESH_TOLERANCE: f64 = 0.10;
 const NUM_RANKS: usize = 2;
 /// Everything has been touched after the first step; the second shows that it is enough.
 const NUM_STEPS: usize = 2;
@@ -26,6 +30,7 @@ const NUM_STEPS: usize = 2;
 type Size = [usize; 7];
 const SMALL: Size = [8192, 512, 8, 8, 1408, 256, 4];
 const MEDIUM: Size = [16384, 1024, 12, 16, 2816, 256, 1];
+const BETWEEN: Size = [16384, 512, 8, 8, 1408, 256, 4];
 
 /// What varies between runs of a size.
 #[derive(Debug, Clone, Copy)]
@@ -109,10 +114,10 @@ fn write_tokens(path: &Path, size: Size) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// Runs the ranks as any launcher does.
-fn train(run: &Path, out: &Path) {
+/// Runs the ranks as any launcher does; returns the most that each had resident, in MiB.
+fn train(run: &Path, out: &Path) -> Vec<f64> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let ranks: Vec<_> = (0..NUM_RANKS)
+    let mut ranks: Vec<_> = (0..NUM_RANKS)
         .map(|rank| {
             Command::new(env!("CARGO_BIN_EXE_shardwise-worker"))
                 .arg(run)
@@ -130,10 +135,53 @@ fn train(run: &Path, out: &Path) {
                 .unwrap()
         })
         .collect();
+    let mut peaks = vec![0.0; NUM_RANKS];
+    while ranks.iter_mut().any(|rank| rank.try_wait().unwrap().is_none()) {
+        for (peak, rank) in peaks.iter_mut().zip(&ranks) {
+            *peak = resident_peak(rank).unwrap_or(*peak);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     for rank in ranks {
         let output = rank.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
+    peaks
+}
+
+/// The most that a process has had resident so far, in MiB; nothing once it is gone.
+fn resident_peak(rank: &Child) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", rank.id())).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<f64>().unwrap() / 1024.0)
+}
+
+/// Plans and runs on a mesh; holds each rank to the plan of its pipeline stage.
+fn compare_on_mesh(parallel: Value, size: Size, variant: Variant) {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run.json");
+    let mut file = run_file(size, variant);
+    file["parallel"] = parallel.clone();
+    std::fs::write(&run, file.to_string()).unwrap();
+    write_tokens(&folder.path().join("tokens.bin"), size);
+    let config = RunConfig::load(&run, &[], NUM_RANKS).unwrap().config;
+    let plan = config.plan(std::thread::available_parallelism().unwrap().get()).unwrap();
+    let peaks = train(&run, &folder.path().join("out"));
+    for (rank, measured) in peaks.into_iter().enumerate() {
+        let stage = plan.stages.iter().find(|stage| stage.ranks.contains(&rank)).unwrap();
+        let memory = stage.memory_in(plan.shape.stage);
+        let error = memory.peak.mib() / measured - 1.0;
+        let predicted = memory.peak.mib();
+        let said = format!(
+            "{parallel}, rank {rank}: predicted {predicted:.0} MiB, measured {measured:.0} ({:+.1}%)",
+            100.0 * error
+        );
+        println!("{said}\n{memory}");
+        assert!(error.abs() <= MESH_TOLERANCE, "{said}\n{memory}");
+    }
+    let metrics = std::fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
+    let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+    check_traffic(&plan, last["comm_bytes"].as_u64().unwrap());
 }
 
 #[test]
@@ -155,4 +203,19 @@ fn small_is_predicted_within_15_percent() {
 #[test]
 fn medium_is_predicted_within_15_percent() {
     compare(MEDIUM, &[Variant::PLAIN]);
+}
+
+#[test]
+fn tensor_parallel_ranks_are_predicted_within_10_percent() {
+    compare_on_mesh(json!({ "tensor": 2 }), BETWEEN, Variant::PLAIN);
+    compare_on_mesh(json!({ "tensor": 2, "sequence": true }), BETWEEN, Variant::PLAIN);
+}
+
+#[test]
+fn pipeline_stages_are_predicted_within_10_percent() {
+    let variant = Variant { grad_accum_steps: 4, ..Variant::PLAIN };
+    let [vocab, hidden, layers, heads, mlp, seq_len, _] = BETWEEN;
+    let size = [vocab, hidden, layers, heads, mlp, seq_len, 1];
+    compare_on_mesh(json!({ "pipeline": 2 }), size, variant);
+    compare_on_mesh(json!({ "pipeline": 2, "schedule": "zero-bubble" }), size, variant);
 }

@@ -59,6 +59,18 @@ pub struct Workload<'a> {
     pub grad_accum_steps: usize,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
+    /// Whole parameters while the trained model is written.
+    pub written: Written,
+}
+
+/// Elements of whole parameters that a rank of a mesh holds at a time while the trained model is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Besides one of its units: a parameter as it comes from the tensor group and as it is put together, or as it goes to other
+    /// pipeline stages.
+    pub own: usize,
+    /// One that another pipeline stage has.
+    pub others: usize,
 }
 
 /// Bytes that one rank needs, by kind. All data-parallel ranks need the same.
@@ -85,7 +97,8 @@ pub struct MemoryPlan {
     pub staging: Bytes,
     /// The process itself.
     pub runtime: Bytes,
-    /// Instead of activations, layers' gradients and temporaries, while the trained model is written: one unit in fp32.
+    /// Instead of activations, layers' gradients and temporaries, while the trained model is written: one unit in fp32, and on
+    /// a mesh parameters that are put together.
     pub saving: Bytes,
     /// The most that is resident at one moment of the run: what the system counts as peak RSS.
     pub peak: Bytes,
@@ -115,7 +128,7 @@ impl MemoryPlan {
             messages: Bytes::of(message, load.compute_bytes),
             staging,
             runtime: RUNTIME,
-            saving: Bytes::of(largest, size_of::<f32>()),
+            saving: Bytes::of((largest + load.written.own).max(load.written.others), size_of::<f32>()),
             peak: Bytes(0),
         };
         let always = plan.state.total()
@@ -246,6 +259,7 @@ mod tests {
             microbatch_tokens: 100,
             grad_accum_steps,
             overlap,
+            written: Written::default(),
         };
         MemoryPlan::new(&load, stage)
     }

@@ -371,12 +371,12 @@ fn recomputation_and_tensor_axes_trade_memory_for_time() {
         split.memory.activations < four.memory.activations
             && four.memory.activations < whole.memory.activations
     );
-    // 8 blocks: two sums forward and two backward; one of the embedding, one of the head's input; 2 (T - 1) / T of it each.
+    // 8 blocks: two sums forward and two backward; one of the embedding, one of the head's input; 2 (T - 1) / T of it each. Three
+    // numbers of each token's softmax, to each of the other ranks.
     let boundary = 4 * 1024 * 1024 * 2;
+    let softmax = 4 * 1024 * 12 * 3;
     let num_microbatches = 1024 / 2 / 4;
-    // And three numbers for each token's loss, to three others.
-    let loss = 4 * 1024 * 3 * 3 * 4;
-    assert_eq!(four.traffic.tensor, Bytes(num_microbatches * ((8 * 4 + 2) * boundary * 2 * 3 / 4 + loss)));
+    assert_eq!(four.traffic.tensor, Bytes(num_microbatches * ((8 * 4 + 2) * boundary * 2 * 3 / 4 + softmax)));
     assert!(split.traffic.tensor > four.traffic.tensor);
     assert_eq!(whole.traffic.tensor, Bytes(0));
 }

@@ -10,3 +10,4 @@ mod bench;
 mod blame;
 mod interrupts;
 mod kills;
+mod meshes;

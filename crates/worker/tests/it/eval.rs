@@ -13,6 +13,8 @@ const HELD_OUT: &str = "the question is to suffer in the mind, or not to be nobl
 
 /// Two fp32 programs that add the same numbers in another order; the note shows four digits.
 const TOLERANCE: f64 = 1e-4;
+/// Two such numbers, both of four digits.
+const SHOWN_TOLERANCE: f64 = 2.01e-4;
 
 fn run_file(dir: &Path, stage: usize) -> Value {
     std::fs::write(dir.join("text.txt"), TRAINED_ON.repeat(40)).unwrap();
@@ -85,6 +87,37 @@ fn training_ranks_and_the_saved_model_agree_on_a_held_out_text() {
             assert!(said.starts_with(expected), "{said}");
             assert_eq!(output.status.code(), Some(2));
         }
+    }
+}
+
+#[test]
+fn a_mesh_measures_a_text_as_one_rank_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let measure = |[pipeline, data, tensor]: [usize; 3], stage: usize, sequence: bool| {
+        let mut run = run_file(dir.path(), stage);
+        run["steps"] = 10.into();
+        run["deepspeed"]["train_micro_batch_size_per_gpu"] = 2.into();
+        run["deepspeed"]["train_batch_size"] = 8.into();
+        run["parallel"] = json!({ "pipeline": pipeline, "tensor": tensor, "sequence": sequence });
+        let held_out = dir.path().join("held-out.txt");
+        let ended =
+            Ranks::new(&run, pipeline * data * tensor).arg("--eval").arg(held_out.to_str().unwrap()).run();
+        assert!(ended.codes.iter().all(|code| *code == Some(0)), "{}", ended.report());
+        let log = &ended.stderr[0];
+        let [before, after] =
+            ["before", "after"].map(|when| loss_in(log, &format!("held-out text {when} training")));
+        let num_tokens: Vec<_> = log.lines().filter_map(|line| Some(line.split_once(", over ")?.1)).collect();
+        (before, after, num_tokens.join(", "))
+    };
+    let alone = measure([1, 1, 1], 0, false);
+    assert_eq!(alone.2.matches(" tokens").count(), 2, "{}", alone.2);
+    for (mesh, stage, sequence) in
+        [([2, 1, 1], 1, false), ([1, 1, 2], 0, true), ([2, 2, 1], 3, false), ([1, 2, 2], 3, false)]
+    {
+        let found = measure(mesh, stage, sequence);
+        assert_eq!(found.2, alone.2, "{mesh:?}");
+        let gaps = [(found.0 - alone.0).abs(), (found.1 - alone.1).abs()];
+        assert!(gaps.iter().all(|&gap| gap <= SHOWN_TOLERANCE), "{mesh:?}: {found:?}, alone {alone:?}");
     }
 }
 

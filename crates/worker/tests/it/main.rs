@@ -5,6 +5,9 @@
 
 mod case;
 mod eval;
+mod layout;
+mod mesh;
+mod mesh_checkpoints;
 mod parity;
 mod ranks;
 mod resume;

@@ -1,6 +1,6 @@
 //! Starts one worker process for each rank, the way a launcher does, and waits for all.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use shardwise_checkpoint::HfReader;
 use shardwise_monitor::{Outcome, StepMetrics};
 use tempfile::TempDir;
 
@@ -130,12 +131,16 @@ fn wait(mut children: Vec<Child>) -> Vec<Option<i32>> {
 }
 
 impl Ended {
+    /// What `metrics.jsonl` says of every step, if all went well.
+    pub fn metrics(&self) -> Vec<StepMetrics> {
+        assert!(self.codes.iter().all(|code| *code == Some(0)), "{}", self.report());
+        let lines = fs::read_to_string(self.path("metrics.jsonl")).unwrap();
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
     /// What the ranks trained, if all went well.
     pub fn curve(&self) -> Curve {
-        assert!(self.codes.iter().all(|code| *code == Some(0)), "{}", self.report());
-        let lines = fs::read_to_string(self.dir.path().join("out/metrics.jsonl")).unwrap();
-        let metrics: Vec<StepMetrics> =
-            lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let metrics = self.metrics();
         for (index, step) in metrics.iter().enumerate() {
             assert_eq!((step.step, step.outcome), (index as u64 + 1, Outcome::Applied));
         }
@@ -162,6 +167,13 @@ impl Ended {
     /// The bytes of the trained model.
     pub fn model(&self) -> Vec<u8> {
         fs::read(self.dir.path().join("out/model/model.safetensors")).unwrap()
+    }
+
+    /// The trained model's parameters in fp32, by name.
+    pub fn weights(&self) -> BTreeMap<String, Vec<f32>> {
+        let reader = HfReader::open(self.path("model")).unwrap();
+        let read = |name: &String| (name.clone(), reader.read_f32(name).unwrap());
+        reader.tensors().iter().map(|tensor| read(&tensor.name)).collect()
     }
 
     pub fn report(&self) -> String {
