@@ -96,14 +96,14 @@ __device__ __forceinline__ bool aligned(const T* pointer) {
     return reinterpret_cast<u64>(pointer) % (N * sizeof(T)) == 0;
 }
 
-// 16 or 8 bytes in one instruction. A plain store of a vector may be taken apart; the intrinsic may not.
+// 16 or 8 bytes of global memory in one instruction. A plain load or store may be taken apart; the intrinsics may not.
 template <int BYTES>
 struct Words;
 
 template <>
 struct Words<16> {
     static __device__ __forceinline__ void load(const void* from, u32 (&words)[4]) {
-        const uint4 x = *static_cast<const uint4*>(from);
+        const uint4 x = __ldca(static_cast<const uint4*>(from));
         words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
     }
     static __device__ __forceinline__ void store(void* to, const u32 (&words)[4]) {
@@ -114,7 +114,7 @@ struct Words<16> {
 template <>
 struct Words<8> {
     static __device__ __forceinline__ void load(const void* from, u32 (&words)[2]) {
-        const uint2 x = *static_cast<const uint2*>(from);
+        const uint2 x = __ldca(static_cast<const uint2*>(from));
         words[0] = x.x, words[1] = x.y;
     }
     static __device__ __forceinline__ void store(void* to, const u32 (&words)[2]) {
