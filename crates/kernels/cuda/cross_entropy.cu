@@ -58,7 +58,7 @@ struct Softmax {
 
 template <class T>
 __device__ __forceinline__ void cross_entropy(const CrossEntropy<T>& p) {
-    __shared__ Softmax scratch[WARP];
+    SHARED(Softmax, scratch, [WARP]);
     constexpr int V = VECTOR<T>;
     const Softmax nothing = {-infinite(), 0.0f};
     const bool vectors = p.classes % V == 0 && aligned<V>(p.logits) && aligned<V>(p.grad);

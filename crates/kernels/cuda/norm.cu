@@ -58,7 +58,7 @@ struct SumInOrder {
 
 // 0 + term 0 + term 1 + ..., by one thread; the others of its block fetch. One block.
 KERNEL(sum_in_order, SumInOrder) {
-    __shared__ double fetched[256];
+    SHARED(double, fetched, [256]);
     double total = 0.0;
     for (u64 start = 0; start < p.numel; start += blockDim.x) {
         const u64 left = p.numel - start, count = left < blockDim.x ? left : blockDim.x;

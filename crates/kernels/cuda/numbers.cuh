@@ -15,6 +15,8 @@ typedef long long i64;
 // An entry point. Its only parameter is a structure, so that there is no order of arguments to get wrong.
 #define KERNEL(name, ...) \
     extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ __VA_ARGS__ p)
+// Memory that a block shares: `SHARED(float, sums, [8][32])`, or as much as the launch says.
+#define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 

@@ -17,7 +17,7 @@ struct RmsNormForward {
 
 template <class T>
 __device__ __forceinline__ void forward(const RmsNormForward<T>& p) {
-    __shared__ Sum scratch[WARP];
+    SHARED(Sum, scratch, [WARP]);
     constexpr int V = VECTOR<T>;
     const bool vectors = p.width % V == 0 && aligned<V>(p.x) && aligned<V>(p.weight) && aligned<V>(p.out);
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
@@ -64,7 +64,7 @@ constexpr u64 MAX_SHARED_WIDTH = 10240;
 
 template <class T>
 __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
-    __shared__ Sum scratch[WARP];
+    SHARED(Sum, scratch, [WARP]);
     DYNAMIC_SHARED(float, shared_dweight);
     constexpr int V = VECTOR<T>;
     const bool vectors = p.width % V == 0 && aligned<V>(p.x) && aligned<V>(p.weight) && aligned<V>(p.dy) && aligned<V>(p.dx);
@@ -125,7 +125,7 @@ struct RmsNormWeightGrad {
 // Adds the partial gradients of 32 columns: 8 threads a column take turns at the partials, then add up in a tree.
 KERNEL(rms_norm_weight_grad, RmsNormWeightGrad) {
     constexpr u32 COLUMNS = 32, TURNS = 8;
-    __shared__ float sums[TURNS][COLUMNS];
+    SHARED(float, sums, [TURNS][COLUMNS]);
     const u32 turn = threadIdx.x / COLUMNS, column_here = threadIdx.x % COLUMNS;
     const u64 column = u64(blockIdx.x) * COLUMNS + column_here;
     float sum = 0.0f;

@@ -3,6 +3,7 @@
 //! Loaded when first needed and never linked, so a program without GPUs does not know it. It needs neither GPU nor
 //! driver.
 
+use std::error::Error;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
@@ -144,7 +145,10 @@ impl Nvrtc {
     fn open(candidate: &Candidate) -> Result<Self, String> {
         let open = |path: &Path| {
             // SAFETY: NVIDIA's libraries, whose initialisers ask for nothing; a user who names another file means it.
-            unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| error.to_string())
+            unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
+                let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+                format!("is not loaded: {cause}")
+            })
         };
         let mut libraries = Vec::new();
         if let Some(builtins) = &candidate.builtins {

@@ -8,11 +8,9 @@ struct Broken {
 
 // Reads what a neighbour wrote, without a barrier between.
 KERNEL(broken_race, Broken) {
-    __shared__ u32 given[64];
+    SHARED(u32, given, [64]);
     given[threadIdx.x] = threadIdx.x + u32(p.numel);
-    const u32 taken = given[(threadIdx.x + 1) % 64];
-    given[threadIdx.x] = 0;
-    p.out[threadIdx.x] = taken;
+    p.out[threadIdx.x] = given[(threadIdx.x + 1) % 64];
 }
 
 // A barrier that half of the block never comes to.

@@ -4,8 +4,11 @@
 // on. If nobody can, the kernel's threads went different ways around a barrier: on a device that hangs or worse.
 #include "host.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,15 +17,24 @@ thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr unsigned WARP = 32;
+// Shared memory begins as anything: NaN, here.
+constexpr char ANYTHING = '\xff';
 constexpr std::size_t STACK_BYTES = 64 * 1024;
 
 enum class State { Ready, AtBlock, AtWarp, Done };
 
-struct Fiber {
+// Where a thread runs. It begins by `setcontext`; from then on jumps go in and out, which unlike `swapcontext` ask nothing
+// of the system.
+struct Stack {
     ucontext_t context;
-    std::vector<char> stack;
-    State state = State::Ready;
+    jmp_buf inside;
     bool begun = false;
+    std::unique_ptr<char[]> memory;
+};
+
+struct Fiber {
+    std::unique_ptr<Stack> stack;
+    State state = State::Ready;
     unsigned char given[16];
 };
 
@@ -30,15 +42,19 @@ struct Runner {
     void (*kernel)(const void*);
     const void* params;
     std::vector<Fiber> fibers;
-    std::vector<char> shared;
-    ucontext_t scheduler;
+    std::vector<char> dynamic;
+    // What a block shares, by the line that declares it.
+    std::map<int, std::vector<char>> shared;
+    // Stacks of threads that ended: where none meets a barrier, all run on one.
+    std::vector<std::unique_ptr<Stack>> stacks;
+    jmp_buf scheduler;
     unsigned current = 0;
     std::string fault;
 
     void yield(State state) {
         Fiber& fiber = fibers[current];
         fiber.state = state;
-        swapcontext(&fiber.context, &scheduler);
+        if (_setjmp(fiber.stack->inside) == 0) _longjmp(scheduler, 1);
     }
 
     void resume(unsigned thread);
@@ -47,33 +63,44 @@ struct Runner {
 
 thread_local Runner* runner = nullptr;
 
-void run_fiber() {
-    runner->kernel(runner->params);
-    runner->yield(State::Done);
+// One thread after the other.
+void run_threads() {
+    for (;;) {
+        runner->kernel(runner->params);
+        runner->yield(State::Done);
+    }
 }
 
 void Runner::resume(unsigned thread) {
     current = thread;
     threadIdx.x = thread;
     Fiber& fiber = fibers[thread];
-    if (!fiber.begun) {
-        fiber.begun = true;
-        getcontext(&fiber.context);
-        if (fiber.stack.empty()) fiber.stack.resize(STACK_BYTES);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
+    if (!fiber.stack) {
+        if (stacks.empty()) {
+            fiber.stack.reset(new Stack);
+            fiber.stack->memory.reset(new char[STACK_BYTES]);
+        } else {
+            fiber.stack = std::move(stacks.back());
+            stacks.pop_back();
+        }
     }
-    swapcontext(&scheduler, &fiber.context);
+    Stack& stack = *fiber.stack;
+    if (_setjmp(scheduler) == 0) {
+        if (stack.begun) _longjmp(stack.inside, 1);
+        stack.begun = true;
+        getcontext(&stack.context);
+        stack.context.uc_stack.ss_sp = stack.memory.get();
+        stack.context.uc_stack.ss_size = STACK_BYTES;
+        stack.context.uc_link = nullptr;
+        makecontext(&stack.context, run_threads, 0);
+        setcontext(&stack.context);
+    }
+    if (fibers[current].state == State::Done) stacks.push_back(std::move(fibers[current].stack));
 }
 
 // Whether all threads ended.
 bool Runner::block(bool backwards) {
-    for (Fiber& fiber : fibers) {
-        fiber.state = State::Ready;
-        fiber.begun = false;
-    }
+    for (Fiber& fiber : fibers) fiber.state = State::Ready;
     const unsigned count = fibers.size();
     for (;;) {
         bool moved = false;
@@ -108,7 +135,13 @@ bool Runner::block(bool backwards) {
 }  // namespace
 
 void* host::dynamic_shared() {
-    return runner->shared.data();
+    return runner->dynamic.data();
+}
+
+void* host::shared(int line, unsigned bytes) {
+    std::vector<char>& memory = runner->shared[line];
+    if (memory.empty()) memory.resize(bytes, ANYTHING);
+    return memory.data();
 }
 
 void host::block_barrier() {
@@ -144,16 +177,17 @@ extern "C" const char* host_launch(void (*kernel)(const void*), const void* para
     runner = &here;
     gridDim.x = grid;
     blockDim.x = block;
-    // What is shared begins as anything: NaN, here. Behind it stands what must stay as it is.
-    constexpr char ANYTHING = '\xff', GUARD = 0x5a;
+    // Behind dynamic shared memory stands what must stay as it is.
+    constexpr char GUARD = 0x5a;
     constexpr std::size_t GUARD_BYTES = 256;
     for (unsigned i = 0; i < grid && here.fault.empty(); i++) {
-        here.shared.assign(shared_bytes, ANYTHING);
-        here.shared.resize(shared_bytes + GUARD_BYTES, GUARD);
+        here.shared.clear();
+        here.dynamic.assign(shared_bytes, ANYTHING);
+        here.dynamic.resize(shared_bytes + GUARD_BYTES, GUARD);
         blockIdx.x = backwards ? grid - 1 - i : i;
         if (!here.block(backwards)) break;
-        for (std::size_t at = shared_bytes; at < here.shared.size(); at++)
-            if (here.shared[at] != GUARD) here.fault = "a block wrote beyond its shared memory";
+        for (std::size_t at = shared_bytes; at < here.dynamic.size(); at++)
+            if (here.dynamic[at] != GUARD) here.fault = "a block wrote beyond its shared memory";
     }
     runner = nullptr;
     fault = here.fault;

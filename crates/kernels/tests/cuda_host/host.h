@@ -1,16 +1,19 @@
 // Enough of CUDA's vocabulary to compile the kernels as C++ and run them on the host: included before each source.
 //
-// A block's threads are fibers of one thread of the host, run in turn; a barrier hands over to the next. So memory that a
-// block shares is a static variable. host.cpp has the scheduler.
+// A block's threads are fibers of one thread of the host, run in turn; a barrier hands over to the next. host.cpp has the
+// scheduler.
 #pragma once
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static thread_local
 #define UNROLL
+#define SHARED(type, name, ...)         \
+    typedef type name##_array __VA_ARGS__; \
+    name##_array& name = *static_cast<name##_array*>(host::shared(__LINE__, sizeof(name##_array)))
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(host::dynamic_shared())
 
 // For each kernel `name`: `host_name`, which takes the address of the parameter, and `host_name_bytes`, its size.
@@ -40,6 +43,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 
 namespace host {
 void* dynamic_shared();
+void* shared(int line, unsigned bytes);
 void block_barrier();
 // Gives `bytes` from each lane of the warp to the others: this lane gets those of `lane`.
 void exchange(const void* give, void* take, int bytes, int lane);
@@ -103,7 +107,3 @@ inline unsigned long long atomicMin(unsigned long long* at, unsigned long long x
     if (x < old) *at = x;
     return old;
 }
-
-using std::fma;
-using std::fmaf;
-using std::sqrtf;

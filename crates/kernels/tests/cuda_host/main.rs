@@ -42,12 +42,12 @@ enum Order {
 }
 
 fn host() -> &'static Host {
-    static HOST: OnceLock<Host> = OnceLock::new();
-    HOST.get_or_init(Host::build)
+    static HOST: OnceLock<Result<Host, String>> = OnceLock::new();
+    HOST.get_or_init(Host::build).as_ref().unwrap_or_else(|problem| panic!("{problem}"))
 }
 
 impl Host {
-    fn build() -> Host {
+    fn build() -> Result<Host, String> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_host");
         let folder = tempfile::tempdir().unwrap();
         // The texts that are compiled for devices, not whatever lies in the folder now.
@@ -64,7 +64,7 @@ impl Host {
         let compiler = |source: &Path, object: &Path| {
             let mut command = Command::new("c++");
             command.args(["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]);
-            command.args(["-Wall", "-Werror", "-Wno-unknown-pragmas", "-c", "-x", "c++"]);
+            command.args(["-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-c", "-x", "c++"]);
             command
                 .arg("-include")
                 .arg(here.join("host.h"))
@@ -73,25 +73,22 @@ impl Host {
                 .arg("-I")
                 .arg(&here);
             command.arg(source).arg("-o").arg(object);
-            run(&mut command);
+            run(&mut command)
         };
-        let objects: Vec<PathBuf> = std::thread::scope(|scope| {
+        let objects: Result<Vec<PathBuf>, String> = std::thread::scope(|scope| {
             let threads: Vec<_> = sources
                 .iter()
                 .map(|source| {
                     let object = folder.path().join(source.file_name().unwrap()).with_extension("o");
-                    scope.spawn(|| {
-                        compiler(source, &object);
-                        object
-                    })
+                    scope.spawn(|| compiler(source, &object).map(|()| object))
                 })
                 .collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         let library = folder.path().join("kernels.so");
-        run(Command::new("c++").arg("-shared").args(&objects).arg("-o").arg(&library));
+        run(Command::new("c++").arg("-shared").args(&objects?).arg("-o").arg(&library))?;
         // SAFETY: just built from our sources, without initialisers.
-        Host { library: unsafe { Library::new(&library) }.unwrap() }
+        Ok(Host { library: unsafe { Library::new(&library) }.unwrap() })
     }
 
     /// Runs the call with the threads of each block in this order.
@@ -131,9 +128,14 @@ impl Host {
     }
 }
 
-fn run(command: &mut Command) {
-    let output = command.output().expect("a C++ compiler, `c++`, is needed: install g++ or clang++");
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = command
+        .output()
+        .map_err(|error| format!("`c++`: {error}; a C++ compiler is needed: install g++ or clang++"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr))),
+    }
 }
 
 /// What `compute` gives, which must not depend on the order of threads.
