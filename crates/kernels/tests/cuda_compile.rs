@@ -1,6 +1,8 @@
 //! The kernels compile for every GPU that is supported, on a machine without any; and compiled code is kept, but not
 //! believed blindly.
 
+#![allow(clippy::unwrap_used)] // a failed test may panic anywhere
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
