@@ -12,6 +12,7 @@ typedef long long i64;
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 // An entry point. Its only parameter is a structure, so that there is no order of arguments to get wrong.
 #define KERNEL(name, ...) \
     extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ __VA_ARGS__ p)

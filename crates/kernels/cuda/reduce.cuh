@@ -11,10 +11,12 @@ constexpr int WARP = 32;
 template <class T, class Combine>
 __device__ __forceinline__ T block_reduce(T x, T identity, T (&scratch)[WARP], Combine combine) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, num_warps = blockDim.x / WARP;
+    ROLLED
     for (int distance = WARP / 2; distance > 0; distance /= 2) x = combine(x, x.from_lane(lane ^ distance));
     if (lane == 0) scratch[warp] = x;
     __syncthreads();
     x = lane < num_warps ? scratch[lane] : identity;
+    ROLLED
     for (int distance = WARP / 2; distance > 0; distance /= 2) x = combine(x, x.from_lane(lane ^ distance));
     __syncthreads();
     return x;

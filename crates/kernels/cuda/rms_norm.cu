@@ -72,9 +72,15 @@ __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
     // A thread has the same columns in each row, so nobody else touches its part of the sums.
     const bool in_shared = p.width <= MAX_SHARED_WIDTH;
     float* dweight = in_shared ? shared_dweight : partial;
+    // Where the sum of column `at + k` is. In shared memory, the columns of neighbouring threads are neighbours, and so in banks of
+    // their own.
+    auto place = [&](auto lanes, u64 at, int k) {
+        constexpr int N = decltype(lanes)::COUNT;
+        return in_shared ? k * (p.width / N) + at / N : at + k;
+    };
     for_each_in_block<V>(p.width, vectors, [&](auto lanes, u64 at) {
         UNROLL
-        for (int k = 0; k < decltype(lanes)::COUNT; k++) dweight[at + k] = 0.0f;
+        for (int k = 0; k < decltype(lanes)::COUNT; k++) dweight[place(lanes, at, k)] = 0.0f;
     });
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const T* x = p.x + row * p.width;
@@ -102,7 +108,8 @@ __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
             UNROLL
             for (int k = 0; k < N; k++) {
                 dx_[k] = factor * fmaf(x_[k], minus_pull, weight[k] * dy_[k]);
-                dweight[at + k] = fmaf(dy_[k] * factor, x_[k], dweight[at + k]);
+                float& sum = dweight[place(lanes, at, k)];
+                sum = fmaf(dy_[k] * factor, x_[k], sum);
             }
             store(dx + at, dx_);
         });
@@ -110,7 +117,7 @@ __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
     if (in_shared) {
         for_each_in_block<V>(p.width, vectors, [&](auto lanes, u64 at) {
             UNROLL
-            for (int k = 0; k < decltype(lanes)::COUNT; k++) partial[at + k] = dweight[at + k];
+            for (int k = 0; k < decltype(lanes)::COUNT; k++) partial[at + k] = dweight[place(lanes, at, k)];
         });
     }
 }

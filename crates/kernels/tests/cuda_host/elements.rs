@@ -2,11 +2,11 @@
 
 use half::{bf16, f16};
 use shardwise_device::{Element, Slice, SliceMut};
-use shardwise_kernels::cuda::{DevicePtr, Pack, Rotate, Segment, SwigluBackward, SwigluForward};
+use shardwise_kernels::cuda::{DevicePtr, LaunchPlan, Pack, Rotate, Segment, SwigluBackward, SwigluForward};
 use shardwise_kernels::rotary::{self, Direction, Shape};
 use shardwise_kernels::{Threads, convert, swiglu};
 
-use super::{Device, Float, Number, Random, SameBits, host, in_both_orders};
+use super::{Device, Float, Number, Order, Random, SameBits, host, in_both_orders};
 
 /// Around a vector, a block's turn, a piece.
 const SIZES: [usize; 10] = [1, 2, 3, 7, 8, 9, 255, 1024, 4096, 9001];
@@ -145,6 +145,24 @@ fn swiglu_is_the_cpus() {
     check_swiglu::<f32>();
     check_swiglu::<bf16>();
     check_swiglu::<f16>();
+}
+
+#[test]
+fn a_thread_takes_several_turns_where_the_grid_is_small() {
+    let mut random = Random(4);
+    let [gate, up]: [Vec<bf16>; 2] = std::array::from_fn(|_| random.any(20_003));
+    let mut expected = up.clone();
+    swiglu::forward(Threads::ONE, &gate, &up, &mut expected);
+    for offset in [0, 1] {
+        let (mut gate, mut out) = (Device::new(&gate, offset), Device::new(&up, offset));
+        let numel = out.numel as u64;
+        let call =
+            SwigluForward { gate: gate.ptr(), up: out.ptr(), out: out.ptr(), numel }.launch(bf16::TYPE);
+        let plan = LaunchPlan { grid: 2, ..call.plan() };
+        let num_bytes = size_of::<SwigluForward>();
+        host().launch_raw(call.entry().name, plan, call.params(), num_bytes, Order::Forwards).unwrap();
+        out.get().assert_same(&expected, "two blocks");
+    }
 }
 
 fn check_rotary<T: Float>() {

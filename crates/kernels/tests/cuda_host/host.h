@@ -11,6 +11,7 @@
 #define __device__
 #define __forceinline__ inline
 #define UNROLL
+#define ROLLED
 #define SHARED(type, name, ...)         \
     typedef type name##_array __VA_ARGS__; \
     name##_array& name = *static_cast<name##_array*>(host::shared(__LINE__, sizeof(name##_array)))
