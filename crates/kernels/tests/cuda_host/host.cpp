@@ -58,6 +58,7 @@ struct Runner {
     }
 
     void resume(unsigned thread);
+    bool run_warp(unsigned first, bool backwards);
     bool block(bool backwards);
 };
 
@@ -98,29 +99,42 @@ void Runner::resume(unsigned thread) {
     if (fibers[current].state == State::Done) stacks.push_back(std::move(fibers[current].stack));
 }
 
+// Runs a warp as far as it gets without the others: a warp that does not wait where it should is then far ahead. Whether it
+// moved at all.
+bool Runner::run_warp(unsigned first, bool backwards) {
+    for (bool moved = false;; moved = true) {
+        bool ready = false;
+        unsigned at_warp = 0;
+        for (unsigned i = 0; i < WARP; i++) {
+            const unsigned thread = first + (backwards ? WARP - 1 - i : i);
+            if (fibers[thread].state == State::Ready) {
+                ready = true;
+                resume(thread);
+                if (!fault.empty()) return true;
+            }
+            at_warp += fibers[thread].state == State::AtWarp;
+        }
+        if (at_warp == WARP)
+            for (unsigned thread = first; thread < first + WARP; thread++) fibers[thread].state = State::Ready;
+        else if (!ready)
+            return moved;
+    }
+}
+
 // Whether all threads ended.
 bool Runner::block(bool backwards) {
     for (Fiber& fiber : fibers) fiber.state = State::Ready;
-    const unsigned count = fibers.size();
+    const unsigned count = fibers.size(), num_warps = count / WARP;
     for (;;) {
         bool moved = false;
-        for (unsigned i = 0; i < count; i++) {
-            const unsigned thread = backwards ? count - 1 - i : i;
-            if (fibers[thread].state != State::Ready) continue;
-            resume(thread);
+        for (unsigned i = 0; i < num_warps; i++) {
+            moved |= run_warp(WARP * (backwards ? num_warps - 1 - i : i), backwards);
             if (!fault.empty()) return false;
-            moved = true;
         }
         unsigned at_block = 0, done = 0;
-        for (unsigned warp = 0; warp < count; warp += WARP) {
-            unsigned at_warp = 0;
-            for (unsigned thread = warp; thread < warp + WARP; thread++) {
-                at_warp += fibers[thread].state == State::AtWarp;
-                at_block += fibers[thread].state == State::AtBlock;
-                done += fibers[thread].state == State::Done;
-            }
-            if (at_warp == WARP)
-                for (unsigned thread = warp; thread < warp + WARP; thread++) fibers[thread].state = State::Ready, moved = true;
+        for (const Fiber& fiber : fibers) {
+            at_block += fiber.state == State::AtBlock;
+            done += fiber.state == State::Done;
         }
         if (done == count) return true;
         if (at_block == count)
