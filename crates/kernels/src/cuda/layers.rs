@@ -96,6 +96,9 @@ impl RmsNormBackward {
     }
 }
 
+// A block may have 48 KiB without permission, and needs a little beside.
+const _: () = assert!(RmsNormBackward::MAX_SHARED_WIDTH * 4 <= 47 << 10);
+
 /// Adds the partial gradients of the weight, from [`RmsNormBackward`].
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -149,8 +152,13 @@ pub struct Rotate {
 
 impl Rotate {
     /// The call for elements of type `float`.
+    ///
+    /// # Panics
+    /// If `heads * half` does not fit 32 bits, or `seq` is 0 with rows to turn.
     pub fn launch(self, float: FloatType) -> Launch<Self> {
         let planes = u64::from(self.heads) * u64::from(self.half);
+        assert!(planes <= u64::from(u32::MAX), "planes of a position are counted in 32 bits");
+        assert!(self.rows == 0 || self.seq > 0, "rows are positions of sequences");
         let plan = LaunchPlan::rows(self.rows, planes, float.vector_numel(), ROW_THREADS);
         Launch::new(Source::Rotary, float.pick(ROTATE), plan, self)
     }
