@@ -1,6 +1,6 @@
 # Every target sets up what it needs; `make setup` alone fetches libtorch once.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-fast fuzz bench fmt lint
+.PHONY: help setup nvrtc build demo test test-fast fuzz bench fmt lint
 
 CARGO ?= cargo
 TORCH_CRATES := -p shardwise-torch -p shardwise-engine -p shardwise-models -p shardwise-worker
@@ -10,6 +10,9 @@ help: ## show this list
 
 setup: ## fetch libtorch 2.11.0 (CUDA=1: with its CUDA libraries; LIBTORCH=DIR: use that one)
 	@scripts/setup.sh
+
+nvrtc: ## fetch NVRTC, with which tests compile the CUDA kernels (90 MB; SHARDWISE_NVRTC=DIR: use that one)
+	@scripts/setup_nvrtc.sh
 
 build: setup ## build target/release/shardwise and target/release/shardwise-worker
 	$(CARGO) build --release -p shardwise-cli -p shardwise-worker
@@ -27,7 +30,7 @@ test: build ## run all tests
 	$(CARGO) test --release --no-fail-fast $(TORCH_CRATES)
 	target/release/examples/custom_model # built with the tests
 
-test-fast: ## run the tests of the crates that need no libtorch
+test-fast: nvrtc ## run the tests of the crates that need no libtorch
 	$(CARGO) test --no-fail-fast
 
 fuzz: ## try hostile checkpoints, GGUF files and cuts of tensors for some minutes (CASES=200000: for each test)

@@ -13,6 +13,7 @@ pub mod attention;
 pub mod cast;
 pub mod convert;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod dropout;
 pub mod norm;
 pub mod optimizer;

@@ -38,7 +38,7 @@ impl Adagrad {
         apply_on(threads, self.factors(grad_scale), tensors);
     }
 
-    pub(super) fn factors(&self, grad_scale: f32) -> Factors {
+    pub(crate) fn factors(&self, grad_scale: f32) -> Factors {
         assert!(self.step > 0, "optimizer steps are counted from 1");
         Factors {
             grad_scale,
@@ -49,8 +49,12 @@ impl Adagrad {
     }
 }
 
+/// The step's scalars, rounded to what the lanes compute with.
+///
+/// `cuda/optimizer.cu` reads the same structure.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     grad_scale: f32,
     weight_decay: f32,
     eps: f32,

@@ -80,7 +80,7 @@ impl Adam {
         }
     }
 
-    pub(super) fn decoupled(&self, grad_scale: f32) -> Factors {
+    pub(crate) fn decoupled(&self, grad_scale: f32) -> Factors {
         let bias_correction1 = self.bias_correction.of(self.beta1, self.step);
         let bias_correction2 = self.bias_correction.of(self.beta2, self.step);
         Factors {
@@ -96,15 +96,18 @@ impl Adam {
         }
     }
 
-    pub(super) fn l2(&self, grad_scale: f32) -> L2 {
+    pub(crate) fn l2(&self, grad_scale: f32) -> L2 {
         let undecayed = Adam { weight_decay: 0.0, ..*self };
         L2 { adam: undecayed.decoupled(grad_scale), weight_decay: self.weight_decay as f32 }
     }
 }
 
 /// The step's scalars, rounded to what the lanes compute with.
+///
+/// `cuda/optimizer.cu` reads the same structure.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     grad_scale: f32,
     beta1: f32,
     one_minus_beta1: f32,
@@ -153,9 +156,10 @@ impl Rule<2> for Factors {
 
 /// Adam as it was first: the decay goes through the moments.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct L2 {
-    adam: Factors,
-    weight_decay: f32,
+#[repr(C)]
+pub(crate) struct L2 {
+    pub adam: Factors,
+    pub weight_decay: f32,
 }
 
 impl Rule<2> for L2 {

@@ -37,7 +37,7 @@ impl Lion {
         apply_on(threads, self.factors(grad_scale), tensors);
     }
 
-    pub(super) fn factors(&self, grad_scale: f32) -> Factors {
+    pub(crate) fn factors(&self, grad_scale: f32) -> Factors {
         Factors {
             grad_scale,
             beta1: self.beta1 as f32,
@@ -50,8 +50,12 @@ impl Lion {
     }
 }
 
+/// The step's scalars, rounded to what the lanes compute with.
+///
+/// `cuda/optimizer.cu` reads the same structure.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     grad_scale: f32,
     beta1: f32,
     one_minus_beta1: f32,

@@ -18,13 +18,13 @@
 //! States are fp32, or bf16 rounded at random ([`Noise`]): rounded to nearest, a mean that decays slowly would stop
 //! moving as soon as a step is smaller than half a unit in the last place.
 
-mod adagrad;
-mod adam;
+pub(crate) mod adagrad;
+pub(crate) mod adam;
 mod lamb;
-mod lion;
+pub(crate) mod lion;
 mod muon;
 mod pass;
-mod sgd;
+pub(crate) mod sgd;
 mod stochastic;
 
 pub use adagrad::Adagrad;

@@ -59,7 +59,7 @@ impl Sgd {
         apply_on(threads, Plain(self.factors(grad_scale)), tensors);
     }
 
-    pub(super) fn factors(&self, grad_scale: f32) -> Factors {
+    pub(crate) fn factors(&self, grad_scale: f32) -> Factors {
         assert!(self.step > 0, "optimizer steps are counted from 1");
         // The buffer is zero before the first step, so its share needs no special case.
         let dampening = if self.step == 1 { 0.0 } else { self.dampening };
@@ -73,8 +73,12 @@ impl Sgd {
     }
 }
 
+/// The step's scalars, rounded to what the lanes compute with.
+///
+/// `cuda/optimizer.cu` reads the same structure.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     grad_scale: f32,
     weight_decay: f32,
     momentum: f32,

@@ -21,7 +21,10 @@ use crate::philox::{fnv1a, halves, philox4x32_10};
 use crate::simd::{Scalar, Simd};
 
 /// The random bits of one step of one array.
+///
+/// `cuda/optimizer.cu` reads the same structure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
 pub struct Noise {
     key: [u32; 2],
     name: [u32; 2],
@@ -35,6 +38,14 @@ const GROUP_NUMEL: usize = 64;
 const GROUP_BLOCKS: usize = GROUP_NUMEL / 4;
 
 impl Noise {
+    /// Draws nothing of meaning: for states that are not rounded at random.
+    pub(crate) const UNUSED: Noise = Noise { key: [0; 2], name: [0; 2], first: 0 };
+
+    /// The number of the first element.
+    pub(crate) fn first(&self) -> u64 {
+        self.first
+    }
+
     /// For elements `first..` of the array `name`, in the step `step`.
     pub fn new(seed: u64, name: &str, step: u64, first: u64) -> Self {
         let [low, high] = halves(step);

@@ -1,0 +1,341 @@
+//! The CUDA kernels' arithmetic, on a machine without a GPU: their sources are compiled as C++, run thread by thread on the host
+//! and held against the CPU kernels.
+//!
+//! `host.h` gives the compiler CUDA's vocabulary, `host.cpp` runs grids. Arrays stand between guards, so a kernel that
+//! writes beside them is seen; every call runs with the threads of a block in order and backwards, so one that lacks
+//! a barrier is seen too (`harness` proves that the host sees it). What only a device can show is left to one: timing, and conversions between
+//! f16 and f32, which are instructions there.
+
+#![allow(clippy::unwrap_used)] // a failed test may panic anywhere
+
+mod elements;
+mod harness;
+mod optimizer;
+mod reductions;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+use libloading::{Library, Symbol};
+use shardwise_kernels::cuda::{DevicePtr, FloatType, Launch, LaunchPlan, Params, Source};
+
+/// The kernels as a library of the host.
+struct Host {
+    library: Library,
+}
+
+type Kernel = unsafe extern "C" fn(*const std::ffi::c_void);
+type HostLaunch = unsafe extern "C" fn(
+    Kernel,
+    *const std::ffi::c_void,
+    u32,
+    u32,
+    u32,
+    std::ffi::c_int,
+) -> *const std::ffi::c_char;
+
+/// Which thread of a block comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Forwards,
+    Backwards,
+}
+
+fn host() -> &'static Host {
+    static HOST: OnceLock<Result<Host, String>> = OnceLock::new();
+    HOST.get_or_init(Host::build).as_ref().unwrap_or_else(|problem| panic!("{problem}"))
+}
+
+impl Host {
+    fn build() -> Result<Host, String> {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_host");
+        let folder = tempfile::tempdir().unwrap();
+        // The texts that are compiled for devices, not whatever lies in the folder now.
+        let mut sources = vec![here.join("host.cpp"), here.join("broken.cu")];
+        for source in Source::ALL {
+            let program = source.program();
+            for header in program.headers {
+                std::fs::write(folder.path().join(header.name), header.text).unwrap();
+            }
+            let path = folder.path().join(program.name);
+            std::fs::write(&path, program.text).unwrap();
+            sources.push(path);
+        }
+        let compiler = |source: &Path, object: &Path| {
+            let mut command = Command::new("c++");
+            command.args(["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]);
+            command.args(["-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-c", "-x", "c++"]);
+            command
+                .arg("-include")
+                .arg(here.join("host.h"))
+                .arg("-I")
+                .arg(folder.path())
+                .arg("-I")
+                .arg(&here);
+            command.arg(source).arg("-o").arg(object);
+            run(&mut command)
+        };
+        let objects: Result<Vec<PathBuf>, String> = std::thread::scope(|scope| {
+            let threads: Vec<_> = sources
+                .iter()
+                .map(|source| {
+                    let object = folder.path().join(source.file_name().unwrap()).with_extension("o");
+                    scope.spawn(|| compiler(source, &object).map(|()| object))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let library = folder.path().join("kernels.so");
+        run(Command::new("c++").arg("-shared").args(&objects?).arg("-o").arg(&library))?;
+        // SAFETY: just built from our sources, without initialisers.
+        Ok(Host { library: unsafe { Library::new(&library) }.unwrap() })
+    }
+
+    /// Runs the call with the threads of each block in this order.
+    fn launch<P: Params>(&self, launch: &Launch<P>, order: Order) {
+        let name = launch.entry().name;
+        assert!(launch.entry().source.entries().any(|entry| entry == name), "`{name}` is not listed");
+        let (params, num_bytes) = (launch.params(), size_of::<P>());
+        if let Err(fault) = self.launch_raw(name, launch.plan(), params, num_bytes, order) {
+            panic!("`{name}`: {fault}");
+        }
+    }
+
+    /// Runs the kernel `name`, or says what is wrong with it.
+    fn launch_raw(
+        &self,
+        name: &str,
+        plan: LaunchPlan,
+        params: *const std::ffi::c_void,
+        num_bytes: usize,
+        order: Order,
+    ) -> Result<(), String> {
+        // SAFETY: host.h declares such functions for every kernel, and host.cpp the launch. The parameter is as large as
+        // the kernel's, and the test's arrays are alive; whether a kernel keeps inside of them is the test's question.
+        unsafe {
+            let bytes: Symbol<'_, unsafe extern "C" fn() -> std::ffi::c_ulong> =
+                self.library.get(format!("host_{name}_bytes\0")).unwrap();
+            assert_eq!(bytes(), num_bytes as u64, "the parameter of `{name}` on both sides");
+            let kernel: Symbol<'_, Kernel> = self.library.get(format!("host_{name}\0")).unwrap();
+            let launch: Symbol<'_, HostLaunch> = self.library.get("host_launch\0").unwrap();
+            let LaunchPlan { grid, block, shared_bytes } = plan;
+            let fault = launch(*kernel, params, grid, block, shared_bytes, order as i32);
+            match fault.is_null() {
+                true => Ok(()),
+                false => Err(std::ffi::CStr::from_ptr(fault).to_str().unwrap().to_owned()),
+            }
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = command
+        .output()
+        .map_err(|error| format!("`c++`: {error}; a C++ compiler is needed: install g++ or clang++"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr))),
+    }
+}
+
+/// What `compute` gives, which must not depend on the order of threads.
+fn in_both_orders<T: SameBits + std::fmt::Debug>(compute: impl Fn(Order) -> T) -> T {
+    let forwards = compute(Order::Forwards);
+    let backwards = compute(Order::Backwards);
+    forwards.assert_same(&backwards, "threads in order and backwards");
+    forwards
+}
+
+/// Elements on a device: between guards, the first `offset` elements past an address that all vectors like.
+struct Device<T> {
+    memory: Vec<u128>,
+    start: usize,
+    numel: usize,
+    element: std::marker::PhantomData<T>,
+}
+
+impl<T: Number> Device<T> {
+    const GUARD: u8 = 0xa5;
+    const GUARD_BYTES: usize = 64;
+
+    fn new(x: &[T], offset: usize) -> Self {
+        let start = Self::GUARD_BYTES + offset * size_of::<T>();
+        let num_bytes = start + size_of_val(x) + Self::GUARD_BYTES;
+        let mut device = Device {
+            memory: vec![u128::from_ne_bytes([Self::GUARD; 16]); num_bytes.div_ceil(16)],
+            start,
+            numel: x.len(),
+            element: std::marker::PhantomData,
+        };
+        device.bytes_mut()[start..start + size_of_val(x)].copy_from_slice(bytemuck(x));
+        device
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let num_bytes = size_of_val(&self.memory[..]);
+        // SAFETY: the same memory as bytes, any of which a number may have.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), num_bytes) }
+    }
+
+    fn ptr(&mut self) -> DevicePtr {
+        let start = self.start;
+        DevicePtr::new(self.bytes_mut()[start..].as_mut_ptr() as u64)
+    }
+
+    /// The elements, if the guards stand.
+    fn get(mut self) -> Vec<T> {
+        let (start, numel) = (self.start, self.numel);
+        let end = start + numel * size_of::<T>();
+        let bytes = self.bytes_mut();
+        let intact = |bytes: &[u8]| bytes.iter().all(|&byte| byte == Self::GUARD);
+        assert!(intact(&bytes[..start]) && intact(&bytes[end..]), "a kernel wrote beside an array");
+        let elements = bytes[start..end].chunks_exact(size_of::<T>());
+        // SAFETY: a chunk is as large as an element, and every pattern of bits is a number.
+        elements.map(|chunk| unsafe { chunk.as_ptr().cast::<T>().read_unaligned() }).collect()
+    }
+}
+
+fn bytemuck<T: Number>(x: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
+}
+
+/// What arrays hold: any pattern of bits is one.
+trait Number: Copy + std::fmt::Debug + 'static {}
+impl Number for f32 {}
+impl Number for f64 {}
+impl Number for bf16 {}
+impl Number for f16 {}
+impl Number for i64 {}
+impl Number for u64 {}
+impl Number for u32 {}
+
+/// A type that layers compute with.
+trait Float: Number + shardwise_kernels::Float + SameBits {
+    const TYPE: FloatType;
+    /// The relative distance of neighbours, or 0 if it is less than any tolerance.
+    const ULP: f32;
+    fn round(x: f32) -> Self;
+    fn wide(self) -> f32;
+}
+
+impl Float for f32 {
+    const TYPE: FloatType = FloatType::F32;
+    const ULP: f32 = 0.0;
+    fn round(x: f32) -> f32 {
+        x
+    }
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+impl Float for bf16 {
+    const TYPE: FloatType = FloatType::Bf16;
+    const ULP: f32 = 1.0 / 128.0;
+    fn round(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Float for f16 {
+    const TYPE: FloatType = FloatType::F16;
+    const ULP: f32 = 1.0 / 1024.0;
+    fn round(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Equal bits, but any NaN for a NaN.
+trait SameBits {
+    fn assert_same(&self, other: &Self, what: &str);
+}
+
+macro_rules! same_bits {
+    ($($number:ty),*) => { $(
+        impl SameBits for $number {
+            fn assert_same(&self, other: &Self, what: &str) {
+                let same = self.to_bits() == other.to_bits() || (self.is_nan() && other.is_nan());
+                assert!(same, "{what}: {self:?} ({:#x}) for {other:?} ({:#x})", self.to_bits(), other.to_bits());
+            }
+        }
+    )* };
+}
+same_bits!(f32, f64, bf16, f16);
+
+macro_rules! same_integers {
+    ($($number:ty),*) => { $(
+        impl SameBits for $number {
+            fn assert_same(&self, other: &Self, what: &str) {
+                assert_eq!(self, other, "{what}");
+            }
+        }
+    )* };
+}
+same_integers!(u64, u32);
+
+impl<T: SameBits> SameBits for Vec<T> {
+    fn assert_same(&self, other: &Self, what: &str) {
+        assert_eq!(self.len(), other.len(), "{what}");
+        for (i, (a, b)) in self.iter().zip(other).enumerate() {
+            a.assert_same(b, &format!("{what}, element {i}"));
+        }
+    }
+}
+
+impl<A: SameBits, B: SameBits> SameBits for (A, B) {
+    fn assert_same(&self, other: &Self, what: &str) {
+        self.0.assert_same(&other.0, what);
+        self.1.assert_same(&other.1, what);
+    }
+}
+
+impl<A: SameBits, B: SameBits, C: SameBits> SameBits for (A, B, C) {
+    fn assert_same(&self, other: &Self, what: &str) {
+        self.0.assert_same(&other.0, what);
+        self.1.assert_same(&other.1, what);
+        self.2.assert_same(&other.2, what);
+    }
+}
+
+/// Reproducible bits.
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        // splitmix64
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Between -1 and 1.
+    fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// `numel` numbers up to `size`.
+    fn numbers<T: Float>(&mut self, numel: usize, size: f32) -> Vec<T> {
+        (0..numel).map(|_| T::round(self.unit() * size)).collect()
+    }
+
+    /// `numel` numbers with any bits: all magnitudes, subnormal ones, infinities, NaN; half of them are of usual size.
+    fn any<T: Float>(&mut self, numel: usize) -> Vec<T> {
+        let any = |bits: u64| match bits >> 32 & 3 {
+            0 => f32::from_bits(bits as u32),
+            1 => [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-45, f32::MAX, 65_520.0]
+                [bits as usize % 8],
+            _ => (bits as u32 as f32 / u32::MAX as f32 - 0.5) * 20.0,
+        };
+        (0..numel).map(|_| T::round(any(self.bits()))).collect()
+    }
+}

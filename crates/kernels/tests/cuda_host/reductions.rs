@@ -1,0 +1,301 @@
+//! Kernels that add up. Sums of squares have the CPU's bits; sums over a row are added in another order, so they and what follows from
+//! them agree within [`SUM_ORDER`].
+
+use half::{bf16, f16};
+use shardwise_device::{Element, Slice};
+use shardwise_kernels::cuda::{
+    CrossEntropy, DevicePtr, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, SumInOrder, SumOfSquares,
+};
+use shardwise_kernels::norm::{self, BLOCK_NUMEL};
+use shardwise_kernels::{Threads, cross_entropy, rms_norm};
+
+use super::{Device, Float, Random, SameBits, host, in_both_orders};
+
+/// How far sums of some thousand `f32` in another order may be apart, as a part of the largest result. Each addition rounds by
+/// 6e-8 at most; errors of trees and of 32 or more lanes add up to a few of these.
+const SUM_ORDER: f32 = 2e-6;
+
+/// Holds `got` against `expected`: apart by the order of sums, and one unit in the last place of 16 bits.
+fn assert_close<T: Float>(got: &[T], expected: &[T], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let largest = expected.iter().map(|x| x.wide().abs()).fold(0.0, f32::max);
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let (got, expected) = (got.wide(), expected.wide());
+        let tolerance = SUM_ORDER * largest + T::ULP * expected.abs();
+        assert!((got - expected).abs() <= tolerance, "{what}, element {i}: {got} for {expected}");
+    }
+}
+
+fn sum_in_order(order: super::Order, sums: &mut Device<f64>) -> f64 {
+    let mut total = Device::new(&[f64::NAN], 0);
+    let call = SumInOrder { terms: sums.ptr(), total: total.ptr(), numel: sums.numel as u64 };
+    host().launch(&call.launch(), order);
+    total.get()[0]
+}
+
+fn check_norm<T: Float + Element>() {
+    let mut random = Random(7);
+    let bad = |mut x: Vec<T>, at: usize, value: f32| {
+        x[at] = T::round(value);
+        x
+    };
+    let mut cases: Vec<Vec<T>> = [0, 1, 31, 32, 33, 511, 512, 513, 4000]
+        .into_iter()
+        .chain([BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 1, 6 * BLOCK_NUMEL + 777])
+        .map(|numel| random.numbers(numel, 100.0))
+        .collect();
+    cases.push(bad(random.numbers(1000, 1.0), 999, f32::INFINITY));
+    cases.push(bad(random.numbers(BLOCK_NUMEL + 5, 1.0), BLOCK_NUMEL + 4, f32::NAN));
+    cases.push(random.any(3000));
+    for x in cases {
+        let expected = norm::sum_of_squares_of(Threads::ONE, Slice::of(&x));
+        for offset in [0, 1] {
+            let total = in_both_orders(|order| {
+                let mut device = Device::new(&x, offset);
+                let num_sums = SumOfSquares::num_sums(x.len() as u64) as usize;
+                let mut sums = Device::new(&vec![f64::NAN; num_sums], 0);
+                let call = SumOfSquares { x: device.ptr(), sums: sums.ptr(), numel: x.len() as u64 };
+                host().launch(&call.launch(T::TYPE), order);
+                sum_in_order(order, &mut sums)
+            });
+            total.assert_same(&expected, &format!("{} elements", x.len()));
+            assert_eq!(total.is_finite(), x.iter().all(|x| x.wide().is_finite()));
+        }
+    }
+}
+
+#[test]
+fn sums_of_squares_are_the_cpus() {
+    check_norm::<f32>();
+    check_norm::<bf16>();
+    check_norm::<f16>();
+}
+
+#[test]
+fn sums_in_order_are_in_order() {
+    let mut random = Random(8);
+    for numel in [0, 1, 255, 256, 257, 1000] {
+        let terms: Vec<f64> = (0..numel).map(|_| f64::from(random.unit()) * 1e10).collect();
+        let expected = terms.iter().fold(0.0, |total, term| total + term);
+        let total = in_both_orders(|order| sum_in_order(order, &mut Device::new(&terms, 1)));
+        total.assert_same(&expected, &format!("{numel} terms"));
+    }
+}
+
+fn check_rms_norm<T: Float>() {
+    const EPS: f32 = 1e-5;
+    let mut random = Random(9);
+    // Rows that vectors do not divide, that are longer than a block, that do not fit shared memory; more rows than blocks.
+    let shapes = [
+        (0, 8, 0),
+        (1, 1, 0),
+        (3, 7, 0),
+        (5, 64, 1),
+        (4, 768, 0),
+        (3, 4104, 0),
+        (2, 10_248, 0),
+        (600, 264, 0),
+    ];
+    for (rows, width, offset) in shapes {
+        let [x, dy]: [Vec<T>; 2] = std::array::from_fn(|_| random.numbers(rows * width, 3.0));
+        let weight: Vec<T> = random.numbers(width, 2.0);
+        let zeros = vec![T::round(0.0); x.len()];
+        let what = format!("{rows} rows of {width}");
+        let (rows_, width_) = (rows as u64, width as u64);
+
+        let (out, inv_rms) = in_both_orders(|order| {
+            let (mut x, mut weight) = (Device::new(&x, offset), Device::new(&weight, 0));
+            let (mut out, mut inv_rms) = (Device::new(&zeros, offset), Device::new(&vec![0f32; rows], 0));
+            let (x, weight, out_, inv_rms_) = (x.ptr(), weight.ptr(), out.ptr(), inv_rms.ptr());
+            let call = RmsNormForward {
+                x,
+                weight,
+                out: out_,
+                inv_rms: inv_rms_,
+                rows: rows_,
+                width: width_,
+                eps: EPS,
+            };
+            host().launch(&call.launch(T::TYPE), order);
+            (out.get(), inv_rms.get())
+        });
+        let (mut expected, mut expected_inv_rms) = (zeros.clone(), vec![0f32; rows]);
+        rms_norm::forward(Threads::ONE, &x, &weight, EPS, &mut expected, &mut expected_inv_rms);
+        assert_close(&out, &expected, &what);
+        assert_close(&inv_rms, &expected_inv_rms, &what);
+
+        let (dx, dweight) = in_both_orders(|order| {
+            let (mut x, mut weight) = (Device::new(&x, offset), Device::new(&weight, 0));
+            let (mut inv_rms, mut dy) = (Device::new(&expected_inv_rms, 0), Device::new(&dy, offset));
+            let num_partials = RmsNormBackward::num_partials(rows_);
+            let mut partials = Device::new(&vec![f32::NAN; num_partials as usize * width], 0);
+            let (mut dx, mut dweight) = (Device::new(&zeros, offset), Device::new(&vec![f32::NAN; width], 0));
+            let partial_dweight = partials.ptr();
+            let backward = RmsNormBackward {
+                x: x.ptr(),
+                weight: weight.ptr(),
+                inv_rms: inv_rms.ptr(),
+                dy: dy.ptr(),
+                dx: dx.ptr(),
+                partial_dweight,
+                rows: rows_,
+                width: width_,
+            };
+            host().launch(&backward.launch(T::TYPE), order);
+            let add =
+                RmsNormWeightGrad { partial_dweight, dweight: dweight.ptr(), num_partials, width: width_ };
+            host().launch(&add.launch(), order);
+            partials.get();
+            (dx.get(), dweight.get())
+        });
+        let (mut expected_dx, mut expected_dweight) = (zeros.clone(), vec![0f32; width]);
+        let inv_rms = &expected_inv_rms;
+        rms_norm::backward(Threads::ONE, &x, &weight, inv_rms, &dy, &mut expected_dx, &mut expected_dweight);
+        assert_close(&dx, &expected_dx, &what);
+        assert_close(&dweight, &expected_dweight, &what);
+    }
+}
+
+#[test]
+fn rms_norm_is_the_cpus_but_for_the_order_of_sums() {
+    check_rms_norm::<f32>();
+    check_rms_norm::<bf16>();
+    check_rms_norm::<f16>();
+}
+
+/// Where gradients go.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Gradient {
+    None,
+    InPlace,
+    Apart,
+}
+
+const SCALE: f32 = 0.25;
+
+/// Losses, gradients (or the logits, untouched), and the first bad row.
+fn softmax_rows<T: Float>(
+    logits: &[T],
+    targets: &[i64],
+    gradient: Gradient,
+    offset: usize,
+) -> (Vec<f64>, Vec<T>, Vec<u64>) {
+    in_both_orders(|order| {
+        let rows = targets.len();
+        let (mut x, mut targets) = (Device::new(logits, offset), Device::new(targets, 0));
+        let mut apart = Device::new(logits, offset);
+        let (mut losses, mut bad_row) = (Device::new(&vec![0f64; rows], 0), Device::new(&[u64::MAX], 0));
+        let call = CrossEntropy {
+            logits: x.ptr(),
+            grad: match gradient {
+                Gradient::None => DevicePtr::NULL,
+                Gradient::InPlace => x.ptr(),
+                Gradient::Apart => apart.ptr(),
+            },
+            targets: targets.ptr(),
+            losses: losses.ptr(),
+            bad_row: bad_row.ptr(),
+            rows: rows as u64,
+            classes: (logits.len() / rows) as u64,
+            scale: SCALE,
+        };
+        host().launch(&call.launch(T::TYPE), order);
+        let (x, apart) = (x.get(), apart.get());
+        if gradient != Gradient::InPlace {
+            x.assert_same(&logits.to_vec(), "logits are read only");
+        }
+        (losses.get(), if gradient == Gradient::Apart { apart } else { x }, bad_row.get())
+    })
+}
+
+fn check_cross_entropy<T: Float>() {
+    let mut random = Random(10);
+    for (rows, classes, offset, size) in [
+        (1, 1, 0, 5.0),
+        (3, 7, 0, 5.0),
+        (4, 1000, 1, 30.0),
+        (3, 8192, 0, 10.0),
+        (2, 5003, 0, 1.0),
+        (5, 64, 8, 100.0),
+    ] {
+        let logits: Vec<T> = random.numbers(rows * classes, size);
+        let targets: Vec<i64> = (0..rows).map(|_| (random.bits() % classes as u64) as i64).collect();
+        let what = format!("{rows} rows of {classes}");
+        let mut expected = logits.clone();
+        let total = cross_entropy::in_place(Threads::ONE, &mut expected, &targets, SCALE).unwrap();
+
+        let (losses, grad, bad_row) = softmax_rows(&logits, &targets, Gradient::InPlace, offset);
+        assert_eq!(bad_row, [u64::MAX]);
+        assert_close(&grad, &expected, &what);
+        let got = losses.iter().fold(0.0, |total, loss| total + loss);
+        let tolerance = f64::from(SUM_ORDER) * rows as f64;
+        assert!((got - total).abs() <= tolerance, "{what}: {got} for {total}");
+
+        let apart = softmax_rows(&logits, &targets, Gradient::Apart, offset);
+        apart.assert_same(&(losses.clone(), grad, bad_row.clone()), "apart");
+        let loss_only = softmax_rows(&logits, &targets, Gradient::None, offset);
+        loss_only.assert_same(&(losses, logits, bad_row), "the loss only");
+    }
+}
+
+#[test]
+fn cross_entropy_is_the_cpus_but_for_the_order_of_sums() {
+    check_cross_entropy::<f32>();
+    check_cross_entropy::<bf16>();
+    check_cross_entropy::<f16>();
+}
+
+#[test]
+fn rows_without_probabilities_are_nan_and_spare_the_others() {
+    const CLASSES: usize = 600;
+    const INFINITY: f32 = f32::INFINITY;
+    let plain: Vec<f32> = Random(11).numbers(CLASSES, 3.0);
+    let with = |changes: &[(usize, f32)]| {
+        let mut row = plain.clone();
+        changes.iter().for_each(|&(at, x)| row[at] = x);
+        row
+    };
+    let mut last_only = vec![-INFINITY; CLASSES];
+    last_only[CLASSES - 1] = -3.0;
+    let mut nan_in_nothing = vec![-INFINITY; CLASSES];
+    nan_in_nothing[4] = f32::NAN;
+    let rows = [
+        plain.clone(),
+        with(&[(0, -INFINITY), (1, -INFINITY), (5, -INFINITY)]),
+        last_only,
+        with(&[(3, INFINITY)]),
+        with(&[(599, f32::NAN)]),
+        vec![-INFINITY; CLASSES],
+        nan_in_nothing,
+        vec![f32::NAN; CLASSES],
+    ];
+    let targets = [7, 8, 599, 3, 0, 0, 1, 1];
+    let (losses, grad, _) = softmax_rows(&rows.concat(), &targets, Gradient::Apart, 0);
+    for (row, logits) in rows.iter().enumerate() {
+        let mut expected = logits.clone();
+        let loss = cross_entropy::in_place(Threads::ONE, &mut expected, &targets[row..=row], SCALE).unwrap();
+        let grad = &grad[row * CLASSES..][..CLASSES];
+        assert_eq!(loss.is_nan(), row >= 3, "row {row}");
+        assert_eq!(losses[row].is_nan(), row >= 3, "row {row}");
+        match row {
+            3.. => assert!(grad.iter().chain(&expected).all(|x| x.is_nan()), "row {row}"),
+            _ => {
+                assert!((losses[row] - loss).abs() <= f64::from(SUM_ORDER), "row {row}");
+                assert_close(grad, &expected, "row");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_row_without_a_class_is_told_and_left_alone() {
+    let logits: Vec<bf16> = Random(12).numbers(6 * 40, 3.0);
+    let targets = [3, 0, 40, 39, -1, 5];
+    let (losses, grad, bad_row) = softmax_rows(&logits, &targets, Gradient::InPlace, 0);
+    assert_eq!(bad_row, [2]);
+    for row in 0..6 {
+        let bad = row == 2 || row == 4;
+        assert_eq!(losses[row].is_nan(), bad, "row {row}");
+        assert_eq!(grad[row * 40..][..40] == logits[row * 40..][..40], bad, "row {row}");
+    }
+}
