@@ -26,7 +26,7 @@ pub fn linear(
     bias: Option<&Tensor>,
 ) -> Result<Tensor, EngineError> {
     match shelf(context, weight) {
-        None if !multiplies_in_f32(&[x, weight]) => Ok(x.f_linear(weight, bias)?),
+        None if !multiplies_in_f32(&[x, weight]) => Ok(map(Form::OutIn, x, weight, bias)?),
         shelf => own(Form::OutIn, shelf, x, weight, bias),
     }
 }
@@ -45,13 +45,7 @@ pub fn conv1d(
     bias: Option<&Tensor>,
 ) -> Result<Tensor, EngineError> {
     match shelf(context, weight) {
-        None if !multiplies_in_f32(&[x, weight]) => {
-            let y = x.f_matmul(weight)?;
-            match bias {
-                Some(bias) => Ok(y.f_add(bias)?),
-                None => Ok(y),
-            }
-        }
+        None if !multiplies_in_f32(&[x, weight]) => Ok(map(Form::InOut, x, weight, bias)?),
         shelf => own(Form::InOut, shelf, x, weight, bias),
     }
 }
@@ -69,19 +63,9 @@ fn own(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor, EngineError> {
-    let y = no_grad(|| -> Result<Tensor, TorchError> {
-        let y = match form {
-            Form::OutIn => product(&rows(x)?, &weight.f_tr()?)?,
-            Form::InOut => product(&rows(x)?, weight)?,
-        };
-        let y = match bias {
-            Some(bias) => y.f_add(bias)?,
-            None => y,
-        };
-        let mut size = x.size();
-        let num_outputs = y.size()[1];
-        *size.last_mut().expect("a linear map's input has a dimension") = num_outputs;
-        Ok(y.f_to_kind(x.kind())?.f_view(size.as_slice())?)
+    let y = no_grad(|| match multiplies_in_f32(&[x, weight]) {
+        true => map_in_f32(form, x, weight, bias),
+        false => map(form, x, weight, bias),
     })?;
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     let num_inputs = inputs.len();
@@ -109,6 +93,22 @@ fn own(
         Ok(grads)
     })?;
     Ok(y)
+}
+
+/// A linear map by libtorch.
+fn map(form: Form, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TorchError> {
+    match (form, bias) {
+        (Form::OutIn, bias) => Ok(x.f_linear(weight, bias)?),
+        (Form::InOut, Some(bias)) => Ok(x.f_matmul(weight)?.f_add(bias)?),
+        (Form::InOut, None) => Ok(x.f_matmul(weight)?),
+    }
+}
+
+/// The same, rounded once at the end.
+fn map_in_f32(form: Form, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TorchError> {
+    let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
+    let bias = bias.map(exact).transpose()?;
+    Ok(map(form, &exact(x)?, &exact(weight)?, bias.as_ref())?.f_to_kind(x.kind())?)
 }
 
 /// The gradient of a linear map's matrix.

@@ -1,6 +1,7 @@
 //! Real models on meshes: how many micro-batches there are does not show, frozen parameters stay, a limit on the norm bites.
 
 use shardwise_device::DType;
+use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{NamePattern, ZeroStage};
 
@@ -62,6 +63,42 @@ fn frozen_parameters_stay_on_every_mesh() {
                     assert_eq!(before == after, is_frozen(name), "`{name}`, {what}");
                 }
             }
+        }
+    }
+}
+
+/// Matrices on the way to the gradients that are made at once, in a layer whose input wants none: each counts once.
+#[test]
+fn zero_bubble_counts_every_matrix_once_beside_frozen_norms() {
+    for (model, frozen) in [
+        (llama(), vec!["*embed*", "*input_layernorm*"]),
+        (llama(), vec!["*embed*", "*layernorm*", "*_proj.bias"]),
+        (gpt2(), vec!["*wte*", "*wpe*", "*ln_1*", "*bias"]),
+    ] {
+        let frozen: Vec<String> = frozen.into_iter().map(str::to_owned).collect();
+        let run = |mesh, schedule| {
+            let frozen = frozen.clone();
+            Run { frozen, schedule, ..Run::new(&model, mesh, ZeroStage::One, DType::F32).steps(2) }
+        };
+        let alone = run([1, 1, 1], ScheduleKind::OneForwardOneBackward).trace();
+        for mesh in [[1, 1, 1], [2, 1, 1], [2, 1, 2]] {
+            let found = run(mesh, ScheduleKind::ZeroBubble).trace();
+            check(&found, &alone, F32, &format!("{} {frozen:?} {mesh:?}", model["model_type"]));
+        }
+    }
+}
+
+/// With few tokens and many ranks the last ones have no part of the vocabulary, and take part in everything else.
+#[test]
+fn a_rank_without_tokens_keeps_step() {
+    for mut model in [llama(), gpt2()] {
+        // Two tokens a rank, then one, then none.
+        model["vocab_size"] = 9.into();
+        let alone = Run::new(&model, [1, 1, 1], ZeroStage::Zero, DType::F32).steps(2).trace();
+        for sequence in [SequenceParallel::Off, SequenceParallel::On] {
+            let run = Run::new(&model, [1, 1, 8], ZeroStage::One, DType::F32).steps(2);
+            let what = format!("{} {sequence:?}", model["model_type"]);
+            check(&Run { sequence, ..run }.trace(), &alone, F32, &what);
         }
     }
 }

@@ -141,7 +141,11 @@ impl Run {
     pub fn batch(&self, engine_data: usize, step: usize, microbatch: usize) -> Batch {
         let data = self.mesh[1];
         let rows = GLOBAL_ROWS / (data * self.accum);
-        batch(step * GLOBAL_ROWS + (microbatch * data + engine_data) * rows, rows)
+        batch(step * GLOBAL_ROWS + (microbatch * data + engine_data) * rows, rows, self.vocab_size())
+    }
+
+    fn vocab_size(&self) -> i64 {
+        self.model["vocab_size"].as_i64().unwrap()
     }
 
     /// Trains on all ranks, which must end alike.
@@ -164,7 +168,7 @@ impl Run {
                     Ok(())
                 })
                 .unwrap();
-            let asked = batch(99, 2);
+            let asked = batch(99, 2, self.vocab_size());
             trace.asked = engine.evaluate(&asked.input, &asked.target).unwrap();
             let logits = engine.predict(&asked.input).unwrap();
             trace.logits = (&logits.to_kind(shardwise_torch::Kind::Float).view([-1])).try_into().unwrap();
@@ -210,10 +214,10 @@ impl Trace {
 }
 
 /// Rows of the run's endless line: the next token follows from the last.
-pub fn batch(first_row: usize, rows: usize) -> Batch {
+pub fn batch(first_row: usize, rows: usize, vocab_size: i64) -> Batch {
     let tokens = (first_row..first_row + rows)
-        .flat_map(|row| (0..SEQ).map(move |t| (row * 17 + t * t * 5) as i64 % VOCAB));
+        .flat_map(|row| (0..SEQ).map(move |t| (row * 17 + t * t * 5) as i64 % vocab_size));
     let input = Tensor::from_slice(&tokens.collect::<Vec<_>>()).view([rows as i64, SEQ as i64]);
-    let target = (&input * 3 + 1).remainder(VOCAB);
+    let target = (&input * 3 + 1).remainder(vocab_size);
     Batch { input, target, first_row: first_row as u64 }
 }
