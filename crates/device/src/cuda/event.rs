@@ -103,11 +103,13 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        let asked = || "free an event".to_owned();
-        // SAFETY: our handle, not used again. Streams that wait on it have taken note of where it was.
-        let freed = self.gpu.call("cuEventDestroy", asked, |api| unsafe { (api.event_destroy)(self.handle) });
-        if let Err(error) = freed {
-            self.gpu.keep_lost(error);
-        }
+        self.gpu.free(
+            "cuEventDestroy",
+            || "free an event".to_owned(),
+            |api| {
+                // SAFETY: our handle, not used again. Streams that wait on it have taken note of where it was.
+                unsafe { (api.event_destroy)(self.handle) }
+            },
+        );
     }
 }

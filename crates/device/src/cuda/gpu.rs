@@ -202,6 +202,22 @@ impl Gpu {
         self.0.call(call, asked, run)
     }
 
+    /// Runs an entry point that frees something, for a destructor: errors are kept for [`Gpu::take_lost_error`].
+    pub(super) fn free(
+        &self,
+        call: &'static str,
+        asked: impl Fn() -> String,
+        run: impl FnOnce(&Api) -> Code,
+    ) {
+        let freed = self.0.enter_to_free().and_then(|scope| {
+            let code = run(scope.api());
+            scope.check(call, code, asked)
+        });
+        if let Err(error) = freed {
+            self.keep_lost(error);
+        }
+    }
+
     /// Makes the context current on this thread until the guard goes.
     pub(super) fn enter(&self) -> Result<Scope<'_>, CudaError> {
         self.0.enter()
@@ -251,6 +267,14 @@ impl Inner {
         Ok(Scope { gpu: self, _thread: std::marker::PhantomData })
     }
 
+    /// Tries twice: an error that earlier work left may be reported by any call, and must not leak what is freed.
+    fn enter_to_free(&self) -> Result<Scope<'_>, CudaError> {
+        self.enter().or_else(|error| {
+            self.keep_lost(error);
+            self.enter()
+        })
+    }
+
     fn call(
         &self,
         call: &'static str,
@@ -284,7 +308,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Nobody is left to ask for errors: each step is tried, whatever the others say.
         let events = std::mem::take(&mut *lock(&self.spare_events));
-        let entered = self.enter();
+        let entered = self.enter_to_free();
         if entered.is_ok() {
             let api = &self.driver.api;
             for event in events {

@@ -108,14 +108,18 @@ fn parameters(
 
 impl Drop for Loaded {
     fn drop(&mut self) {
-        // Kernels of the module may still run; on a GPU that failed none does, and the module goes with the context.
-        let idle = self.gpu.synchronize();
-        let asked = || format!("unload module `{}`", self.name);
-        // SAFETY: loaded by us, unloaded once, no kernel of it is running or will be launched.
-        let unload =
-            || self.gpu.call("cuModuleUnload", asked, |api| unsafe { (api.module_unload)(self.handle) });
-        if let Err(error) = idle.or_else(|_| self.gpu.synchronize()).and_then(|()| unload()) {
-            self.gpu.keep_lost(error);
+        // Kernels of the module may still run. If it cannot be known that none does, the module stays.
+        let idle = self.gpu.synchronize().or_else(|_| self.gpu.synchronize());
+        match idle {
+            Ok(()) => self.gpu.free(
+                "cuModuleUnload",
+                || format!("unload module `{}`", self.name),
+                |api| {
+                    // SAFETY: loaded by us, unloaded once, no kernel of it is running or will be launched.
+                    unsafe { (api.module_unload)(self.handle) }
+                },
+            ),
+            Err(error) => self.gpu.keep_lost(error),
         }
     }
 }

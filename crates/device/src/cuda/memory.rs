@@ -119,18 +119,15 @@ impl Drop for CudaMemory {
         }
         let (ptr, num_bytes) = (self.ptr.as_ptr(), self.num_bytes);
         let asked = || format!("free `{num_bytes}` bytes");
-        let freed = match self.kind {
-            Kind::Device => gpu.call("cuMemFree", asked, |api| {
+        match self.kind {
+            Kind::Device => gpu.free("cuMemFree", asked, |api| {
                 // SAFETY: allocated by `cuMemAlloc`, freed once; every use is over (waited for above).
                 unsafe { (api.memory_free)(ptr.addr() as Address) }
             }),
-            Kind::Pinned => gpu.call("cuMemFreeHost", asked, |api| {
+            Kind::Pinned => gpu.free("cuMemFreeHost", asked, |api| {
                 // SAFETY: allocated by `cuMemHostAlloc`, freed once; every use is over, and no view outlives `self`.
                 unsafe { (api.host_free)(ptr.cast()) }
             }),
-        };
-        if let Err(error) = freed {
-            gpu.keep_lost(error);
         }
     }
 }

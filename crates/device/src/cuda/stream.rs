@@ -207,13 +207,14 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.owner == Owner::Us {
-            let asked = || "free a stream".to_owned();
-            // SAFETY: our handle, not used again; the driver lets queued work finish.
-            let freed =
-                self.gpu.call("cuStreamDestroy", asked, |api| unsafe { (api.stream_destroy)(self.handle()) });
-            if let Err(error) = freed {
-                self.gpu.keep_lost(error);
-            }
+            self.gpu.free(
+                "cuStreamDestroy",
+                || "free a stream".to_owned(),
+                |api| {
+                    // SAFETY: our handle, not used again; the driver lets queued work finish.
+                    unsafe { (api.stream_destroy)(self.handle()) }
+                },
+            );
         }
     }
 }
