@@ -21,11 +21,10 @@ struct Inner {
     info: GpuInfo,
     device: c_int,
     context: Handle,
-    /// Zeroes new memory. Its identity among queues is 0.
+    /// Zeroes new memory.
     housekeeping: Queue,
     /// Events that mark uses of memory, to be used again.
     spare_events: Mutex<Vec<Handle>>,
-    num_queues: Mutex<u64>,
     /// The first error that a destructor met.
     lost: Mutex<Option<CudaError>>,
 }
@@ -56,13 +55,12 @@ impl Gpu {
             info,
             device,
             context,
-            housekeeping: Queue::new(Handle::NULL, 0),
+            housekeeping: Queue::new(Handle::NULL),
             spare_events: Mutex::default(),
-            num_queues: Mutex::new(1),
             lost: Mutex::default(),
         };
         // From here on, dropping `inner` undoes what was done.
-        inner.housekeeping = Queue::new(inner.create_stream(0)?, 0);
+        inner.housekeeping = Queue::new(inner.create_stream(0)?);
         Ok(Gpu(Arc::new(inner)))
     }
 
@@ -160,13 +158,6 @@ impl Gpu {
     /// A stream that does not wait for the legacy default stream, nor that for it.
     pub(super) fn create_stream(&self, priority: c_int) -> Result<Handle, CudaError> {
         self.0.create_stream(priority)
-    }
-
-    /// An identity for a new queue, never used again.
-    pub(super) fn next_queue(&self) -> u64 {
-        let mut next = lock(&self.0.num_queues);
-        *next += 1;
-        *next - 1
     }
 
     /// An event without timing, of the spare ones if there are any.

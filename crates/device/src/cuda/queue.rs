@@ -4,20 +4,20 @@ use std::sync::{Arc, Mutex};
 
 use super::api::{Api, Code, Handle};
 use super::gpu::{Scope, lock};
-use super::uses::{Mark, Touch, wait_on_queue};
+use super::uses::{Identity, Mark, Touch, wait_on_queue};
 use super::{CudaError, Gpu};
 
 /// A stream of the driver with an identity that is never used again, as its handle may be.
 pub(super) struct Queue {
     handle: Handle,
-    identity: u64,
+    identity: Identity,
     /// The number of the last mark. Held while work is queued, so that numbers follow the queue's order.
     last: Mutex<u64>,
 }
 
 impl Queue {
-    pub(super) fn new(handle: Handle, identity: u64) -> Self {
-        Queue { handle, identity, last: Mutex::new(0) }
+    pub(super) fn new(handle: Handle) -> Self {
+        Queue { handle, identity: Identity::new(), last: Mutex::new(0) }
     }
 
     pub(super) fn handle(&self) -> Handle {
@@ -41,7 +41,7 @@ impl Queue {
         // The event is there before the work is, so that its absence cannot leave work unmarked.
         let mark = match touches {
             [] => None,
-            _ => Some(Mark::new(gpu, self.identity, *last + 1)?),
+            _ => Some(Mark::new(gpu, &self.identity, *last + 1)?),
         };
         let code = enqueue(scope.api(), self.handle);
         let queued = scope.check(call, code, &asked).and_then(|()| match &mark {
@@ -75,7 +75,7 @@ impl Queue {
     fn order(&self, scope: &Scope<'_>, touches: &[Touch<'_>]) -> Result<Vec<Arc<Mark>>, CudaError> {
         let mut waited: Vec<Arc<Mark>> = Vec::new();
         for touch in touches {
-            for mark in touch.uses.conflicts(&touch.range, touch.access, Some(self.identity)) {
+            for mark in touch.uses.conflicts(&touch.range, touch.access, Some(&self.identity)) {
                 if !waited.iter().any(|known| Arc::ptr_eq(known, &mark)) {
                     wait_on_queue(scope, self.handle, &mark)?;
                     waited.push(mark);

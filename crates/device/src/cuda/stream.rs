@@ -61,7 +61,7 @@ impl Gpu {
             Priority::Normal => 0,
             Priority::High => self.highest_priority()?,
         };
-        let queue = Queue::new(self.create_stream(priority)?, self.next_queue());
+        let queue = Queue::new(self.create_stream(priority)?);
         Ok(Stream { gpu: self.clone(), queue, owner: Owner::Us })
     }
 
@@ -83,7 +83,7 @@ impl Gpu {
     /// # Safety
     /// `stream` is a `CUstream` (or `cudaStream_t`) of this GPU's primary context and outlives the result.
     pub unsafe fn borrow_stream(&self, stream: *mut c_void) -> Stream {
-        let queue = Queue::new(Handle(stream), self.next_queue());
+        let queue = Queue::new(Handle(stream));
         Stream { gpu: self.clone(), queue, owner: Owner::Someone }
     }
 }

@@ -36,19 +36,34 @@ pub enum Access {
     Write,
 }
 
+/// Which queue. Unlike a driver's handle it names no other queue later, on this GPU or another, as long as anyone
+/// remembers it: it is an address that stays taken.
+#[derive(Clone)]
+pub(super) struct Identity(Arc<u8>);
+
+impl Identity {
+    pub(super) fn new() -> Self {
+        Identity(Arc::new(0))
+    }
+
+    fn is(&self, other: &Identity) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// A place in a stream's order: reached once everything queued before is done.
 pub(super) struct Mark {
     gpu: Gpu,
     event: Handle,
     /// The queue it is on, and its number there.
-    queue: u64,
+    queue: Identity,
     number: u64,
 }
 
 impl Mark {
     /// A mark that is still to be recorded.
-    pub(super) fn new(gpu: &Gpu, queue: u64, number: u64) -> Result<Arc<Mark>, CudaError> {
-        Ok(Arc::new(Mark { gpu: gpu.clone(), event: gpu.take_event()?, queue, number }))
+    pub(super) fn new(gpu: &Gpu, queue: &Identity, number: u64) -> Result<Arc<Mark>, CudaError> {
+        Ok(Arc::new(Mark { gpu: gpu.clone(), event: gpu.take_event()?, queue: queue.clone(), number }))
     }
 
     pub(super) fn event(&self) -> Handle {
@@ -123,13 +138,13 @@ impl Uses {
         &self,
         range: &Range<usize>,
         access: Access,
-        queue: Option<u64>,
+        queue: Option<&Identity>,
     ) -> Vec<Arc<Mark>> {
         lock(&self.log)
             .iter()
             .filter(|old| overlap(&old.range, range))
             .filter(|old| access == Access::Write || old.access == Access::Write)
-            .filter(|old| queue != Some(old.mark.queue))
+            .filter(|old| !queue.is_some_and(|queue| queue.is(&old.mark.queue)))
             .map(|old| Arc::clone(&old.mark))
             .collect()
     }
@@ -140,7 +155,7 @@ impl Uses {
     pub(super) fn note(&self, range: Range<usize>, access: Access, mark: &Arc<Mark>, waited: &[Arc<Mark>]) {
         let mut log = lock(&self.log);
         log.retain(|old| {
-            let earlier = old.mark.queue == mark.queue && old.mark.number < mark.number;
+            let earlier = old.mark.queue.is(&mark.queue) && old.mark.number < mark.number;
             let covered = range.start <= old.range.start && old.range.end <= range.end;
             let after = earlier || waited.iter().any(|waited| Arc::ptr_eq(waited, &old.mark));
             // A reader does not stand for a writer: other readers do not wait for readers.

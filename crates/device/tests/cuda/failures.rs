@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use shardwise_device::cuda::{Args, CudaError, Driver, DriverVersion, Grid, Timing};
-use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Memory};
+use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Memory, Slice};
 
 use crate::fake::{Eagerness, Fake, cubin, stream};
 
@@ -146,6 +146,27 @@ fn a_failure_at_any_call_is_an_error_and_leaks_nothing() {
             assert_eq!(fake.report(), "", "call {call} of {num_calls} with {code}");
         }
         assert!(failed * 2 > num_calls, "{failed} of {num_calls} calls were noticed");
+    }
+}
+
+#[test]
+fn a_copy_that_waits_is_over_even_if_the_wait_fails() {
+    let fake = Fake::lazy();
+    let gpu = fake.gpu();
+    let stream = stream(&gpu);
+    let mut buffer = Buffer::allocate(DType::F32, 8, &Memory::Gpu(gpu.clone())).unwrap();
+    // Counted once the events are made that later copies use again.
+    let mut num_calls = 0;
+    for _ in 0..3 {
+        let before = fake.num_calls();
+        stream.copy_and_wait(Slice::of(&[1f32; 8]), buffer.view_mut()).unwrap();
+        num_calls = fake.num_calls() - before;
+    }
+    for call in 1..=num_calls {
+        fake.fail_at(call, LAUNCH_FAILED);
+        let copied = stream.copy_and_wait(Slice::of(&[1f32; 8]), buffer.view_mut());
+        assert!(copied.is_err() || gpu.take_lost_error().is_some());
+        assert!(stream.is_idle().unwrap(), "call {call} of {num_calls}");
     }
 }
 

@@ -6,4 +6,5 @@ mod inventory;
 mod kernels;
 mod order;
 mod programs;
+mod real;
 mod streams;
