@@ -1,7 +1,7 @@
 //! The entry points of `libcuda.so.1` that we use, as a table of function pointers.
 //!
 //! Nothing is linked: the table is filled when a run asks for CUDA. Signatures follow `cuda.h` of CUDA 13, with
-//! the versioned symbols behind its macros. All are older than CUDA 11.0, but for the optional ones.
+//! the versioned symbols behind its macros. CUDA 11.0 has all but the optional ones.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 

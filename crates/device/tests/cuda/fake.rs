@@ -51,8 +51,7 @@ impl Fake {
         // SAFETY: our own library, without initialisers that matter.
         let library = unsafe { Library::new(&path).unwrap() };
         let fake = Fake { library, path };
-        // SAFETY: the function has this type in `driver.cpp`; so too below.
-        unsafe { fake.function::<extern "C" fn(u64, c_int)>("fake_adversary")(seed, eagerness as c_int) };
+        fake.function::<extern "C" fn(u64, c_int)>("fake_adversary")(seed, eagerness as c_int);
         fake
     }
 
@@ -73,50 +72,49 @@ impl Fake {
     }
 
     pub fn set_version(&self, version: i32) {
-        unsafe { self.function::<extern "C" fn(c_int)>("fake_driver_version")(version) }
+        self.function::<extern "C" fn(c_int)>("fake_driver_version")(version)
     }
 
     pub fn set_devices(&self, count: i32) {
-        unsafe { self.function::<extern "C" fn(c_int)>("fake_devices")(count) }
+        self.function::<extern "C" fn(c_int)>("fake_devices")(count)
     }
 
     pub fn set_device(&self, ordinal: i32, name: &str, (major, minor): (i32, i32), total_bytes: usize) {
         let name = CString::new(name).unwrap();
-        let set = unsafe {
-            self.function::<extern "C" fn(c_int, *const c_char, c_int, c_int, usize)>("fake_device")
-        };
+        let set = self.function::<extern "C" fn(c_int, *const c_char, c_int, c_int, usize)>("fake_device");
         set(ordinal, name.as_ptr(), major, minor, total_bytes);
     }
 
     pub fn set_peers(&self, can: bool) {
-        unsafe { self.function::<extern "C" fn(c_int)>("fake_peers")(can as c_int) }
+        self.function::<extern "C" fn(c_int)>("fake_peers")(can as c_int)
     }
 
     pub fn set_pinned_limit(&self, bytes: usize) {
-        unsafe { self.function::<extern "C" fn(usize)>("fake_pinned_limit")(bytes) }
+        self.function::<extern "C" fn(usize)>("fake_pinned_limit")(bytes)
     }
 
     /// The `calls`-th call from now fails.
     pub fn fail_at(&self, calls: i64, code: i32) {
-        unsafe { self.function::<extern "C" fn(c_long, c_int)>("fake_fail_at")(calls, code) }
+        self.function::<extern "C" fn(c_long, c_int)>("fake_fail_at")(calls, code)
     }
 
     pub fn num_calls(&self) -> i64 {
-        unsafe { self.function::<extern "C" fn() -> c_long>("fake_calls")() }
+        self.function::<extern "C" fn() -> c_long>("fake_calls")()
     }
 
     /// Operations on streams that have run.
     pub fn num_ran(&self) -> i64 {
-        unsafe { self.function::<extern "C" fn() -> c_long>("fake_ran")() }
+        self.function::<extern "C" fn() -> c_long>("fake_ran")()
     }
 
     pub fn num_allocations(&self) -> i64 {
-        unsafe { self.function::<extern "C" fn() -> c_long>("fake_allocations")() }
+        self.function::<extern "C" fn() -> c_long>("fake_allocations")()
     }
 
     /// What is alive and what went wrong; empty at the end of a good test.
     pub fn report(&self) -> String {
-        let report = unsafe { self.function::<extern "C" fn() -> *const c_char>("fake_report")() };
+        let report = self.function::<extern "C" fn() -> *const c_char>("fake_report")();
+        // SAFETY: a string of the fake's own, zero-terminated, which stays until the next report.
         unsafe { CStr::from_ptr(report) }.to_string_lossy().into_owned()
     }
 
@@ -125,7 +123,9 @@ impl Fake {
         assert_eq!(self.report(), "");
     }
 
-    unsafe fn function<F: Copy>(&self, name: &str) -> F {
+    /// A function of `driver.cpp`; its callers here say what it takes.
+    fn function<F: Copy>(&self, name: &str) -> F {
+        // SAFETY: each caller names the type that the function has in `driver.cpp`.
         unsafe { *self.library.get::<F>(name.as_bytes()).unwrap() }
     }
 }
