@@ -347,6 +347,14 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "the memory is on `cuda:0`")]
+    fn code_for_host_memory_panics_rather_than_faults() {
+        let place = Place::Cuda { ordinal: 0 };
+        // SAFETY: as above.
+        unsafe { Slice::from_raw(NonNull::<u64>::dangling().cast(), 8, DType::F32, place) }.bytes();
+    }
+
+    #[test]
     #[should_panic(expected = "range 1..3 of 2")]
     fn a_range_past_the_end_panics() {
         Slice::of(&[0u8; 2]).range(1..3);

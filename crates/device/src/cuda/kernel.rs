@@ -177,7 +177,8 @@ impl Scalar for f64 {}
 
 /// The arguments of a launch, in the order of the kernel's parameters.
 ///
-/// Views are borrowed until the launch; what they show is then in use until the kernel is over.
+/// Views are borrowed until the launch; what they show is then in use until the kernel is over. A second pointer into
+/// memory that another argument shows already is a [`Args::value`]: the address, as a `u64`.
 #[derive(Default)]
 #[must_use]
 pub struct Args<'a> {

@@ -14,6 +14,11 @@ const OUT_OF_MEMORY: i32 = 2;
 fn what_is_missing_is_named() {
     let error = Driver::load(Some(Path::new("/nowhere/libcuda.so.1"))).unwrap_err().to_string();
     assert!(error.starts_with("no CUDA driver: could not load `/nowhere/libcuda.so.1`: "), "{error}");
+    let error = Driver::load(Some(Path::new("libc.so.6"))).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "`libc.so.6` (CUDA unknown) has no symbol `cuDriverGetVersion`: is it NVIDIA's driver?"
+    );
     let fake = Fake::lazy();
     fake.set_version(10020);
     let error = Driver::load(Some(fake.path())).unwrap_err().to_string();

@@ -41,6 +41,27 @@ fn memory_that_a_stream_cannot_use_is_refused() {
     assert!(BufferPool::new(Place::Cuda { ordinal: 0 }).take(DType::F32, 1).is_err());
 }
 
+/// Whether the host may touch an address, as the system sees it.
+fn is_accessible(address: usize) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| {
+        let mut ends = line.split(['-', ' ']).map(|end| usize::from_str_radix(end, 16));
+        matches!((ends.next(), ends.next()), (Some(Ok(start)), Some(Ok(end))) if (start..end).contains(&address))
+    });
+    line.is_some_and(|line| !line.contains(" ---p "))
+}
+
+#[test]
+fn the_fake_keeps_the_host_out_of_device_memory_and_of_freed_memory() {
+    let fake = Fake::lazy();
+    let gpu = fake.gpu();
+    let (device, host) = (on_gpu(&gpu, 8), pinned(&gpu, &[0.0; 8]));
+    let [device_at, host_at] = [&device, &host].map(|buffer| buffer.as_ptr().addr().get());
+    assert!(!is_accessible(device_at) && is_accessible(host_at));
+    drop((device, host));
+    assert!(!is_accessible(device_at) && !is_accessible(host_at));
+}
+
 #[test]
 fn pageable_memory_is_copied_before_the_call_returns() {
     for way in ALL_WAYS {
