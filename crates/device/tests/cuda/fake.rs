@@ -11,7 +11,7 @@ use libloading::Library;
 use shardwise_device::cuda::{Driver, Gpu, Module, Priority, Stream};
 use shardwise_device::{Buffer, DType, Memory};
 
-const SOURCE: &str = include_str!("driver.cpp");
+const SOURCES: [&str; 2] = [include_str!("driver.cpp"), include_str!("machine.h")];
 
 /// How eager the fake is to run work that nothing waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +141,7 @@ fn compiled() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let mut hasher = DefaultHasher::new();
-        SOURCE.hash(&mut hasher);
+        SOURCES.hash(&mut hasher);
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake-cuda");
         std::fs::create_dir_all(&folder).unwrap();
         let library = folder.join(format!("{:016x}.so", hasher.finish()));
