@@ -2,21 +2,56 @@
 
 use std::ptr::NonNull;
 
+use crate::cuda::{CudaMemory, Gpu, Kind, Uses};
 use crate::{DType, DeviceError, Element, Place, Slice, SliceMut};
 
 /// Buffers of at least this many bytes ask for huge pages: fewer faults when first touched.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Owned memory for `numel` elements, zero when new, page aligned.
+/// Where memory is allocated.
+#[derive(Debug, Clone)]
+pub enum Memory {
+    /// The host's.
+    Host,
+    /// The host's, pinned: it does not move, and GPUs copy from and to it while the host goes on.
+    Pinned(Gpu),
+    /// A GPU's own.
+    Gpu(Gpu),
+}
+
+impl Memory {
+    /// Where that is.
+    pub fn place(&self) -> Place {
+        match self {
+            Memory::Host | Memory::Pinned(_) => Place::Cpu,
+            Memory::Gpu(gpu) => Place::Cuda { ordinal: gpu.ordinal() },
+        }
+    }
+}
+
+/// Owned memory for `numel` elements, zero when new, aligned for every element type.
 ///
-/// Untouched pages cost nothing. Dropping the buffer gives its pages back to the system at once.
+/// Of pageable host memory untouched pages cost nothing, and dropping the buffer gives its pages back to the system
+/// at once. A buffer of a GPU, or a pinned one, logs which streams use it: they order themselves by it, and dropping
+/// the buffer waits for them.
 #[derive(Debug)]
 pub struct Buffer {
     ptr: NonNull<u8>,
     numel: usize,
     dtype: DType,
     place: Place,
-    mapped_bytes: usize,
+    owner: Owner,
+}
+
+/// Who gives the memory back.
+#[derive(Debug)]
+enum Owner {
+    /// There is none.
+    Empty,
+    /// The system gave it, this many bytes.
+    System(usize),
+    /// The driver gave it.
+    Cuda(Box<CudaMemory>),
 }
 
 // SAFETY: the buffer owns its memory exclusively, and the memory holds plain numbers.
@@ -25,12 +60,24 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// A buffer of zeros.
+    /// A buffer of zeros in host memory.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] if the system refuses the memory.
+    /// [`DeviceError::OutOfMemory`] if the system refuses the memory; [`DeviceError::NotOpened`] if `place` is a GPU.
     pub fn zeroed(dtype: DType, numel: usize, place: Place) -> Result<Self, DeviceError> {
-        let Place::Cpu = place;
+        match place {
+            Place::Cpu => Buffer::allocate(dtype, numel, &Memory::Host),
+            Place::Cuda { .. } => Err(DeviceError::NotOpened { place }),
+        }
+    }
+
+    /// A buffer of zeros in `memory`. On a GPU the zeros are written on a stream of its own, which all uses of the
+    /// buffer wait for.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if the system refuses the memory, [`DeviceError::Cuda`] if the driver does.
+    pub fn allocate(dtype: DType, numel: usize, memory: &Memory) -> Result<Self, DeviceError> {
+        let place = memory.place();
         let too_large = || DeviceError::OutOfMemory {
             bytes: usize::MAX,
             source: std::io::Error::from(std::io::ErrorKind::OutOfMemory),
@@ -39,8 +86,19 @@ impl Buffer {
         if bytes == 0 {
             // Aligned for every element type, never read.
             let ptr = NonNull::<u64>::dangling().cast();
-            return Ok(Buffer { ptr, numel, dtype, place, mapped_bytes: 0 });
+            return Ok(Buffer { ptr, numel, dtype, place, owner: Owner::Empty });
         }
+        let (gpu, kind) = match memory {
+            Memory::Host => return Buffer::mapped(dtype, numel, bytes),
+            Memory::Pinned(gpu) => (gpu, Kind::Pinned),
+            Memory::Gpu(gpu) => (gpu, Kind::Device),
+        };
+        let memory = Box::new(CudaMemory::zeroed(gpu, kind, bytes)?);
+        Ok(Buffer { ptr: memory.ptr(), numel, dtype, place, owner: Owner::Cuda(memory) })
+    }
+
+    /// Pages of the system's, at least one byte of them.
+    fn mapped(dtype: DType, numel: usize, bytes: usize) -> Result<Self, DeviceError> {
         // SAFETY: an anonymous private mapping at an address of the system's choice touches no existing memory.
         let mapped = unsafe {
             libc::mmap(
@@ -61,7 +119,7 @@ impl Buffer {
             // SAFETY: advice about our own mapping; a kernel without huge pages ignores it.
             unsafe { libc::madvise(mapped, bytes, libc::MADV_HUGEPAGE) };
         }
-        Ok(Buffer { ptr, numel, dtype, place, mapped_bytes: bytes })
+        Ok(Buffer { ptr, numel, dtype, place: Place::Cpu, owner: Owner::System(bytes) })
     }
 
     /// Elements it holds.
@@ -91,20 +149,34 @@ impl Buffer {
 
     /// All of it, to read.
     pub fn view(&self) -> Slice<'_> {
-        // SAFETY: the mapping is valid, aligned to a page and zero-initialised; `&self` keeps writers out.
-        unsafe { Slice::from_raw(self.ptr, self.numel, self.dtype, self.place) }
+        // SAFETY: the memory is valid, aligned and zero when new; `&self` keeps writers out, and the log streams.
+        let view = unsafe { Slice::from_raw(self.ptr, self.numel, self.dtype, self.place) };
+        view.logged(self.uses())
     }
 
     /// All of it, to write.
     pub fn view_mut(&mut self) -> SliceMut<'_> {
         // SAFETY: as in `view`; `&mut self` makes the view exclusive.
-        unsafe { SliceMut::from_raw(self.ptr, self.numel, self.dtype, self.place) }
+        let view = unsafe { SliceMut::from_raw(self.ptr, self.numel, self.dtype, self.place) };
+        view.logged(self.uses())
+    }
+
+    /// Whether streams copy from and to it while the host goes on: pinned memory or a GPU's.
+    pub fn is_logged(&self) -> bool {
+        self.uses().is_some()
+    }
+
+    fn uses(&self) -> Option<&Uses> {
+        match &self.owner {
+            Owner::Cuda(memory) => Some(memory.uses()),
+            Owner::Empty | Owner::System(_) => None,
+        }
     }
 
     /// All of it as a Rust slice.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDType`] if `T` is not the buffer's type.
+    /// [`DeviceError::WrongDType`] if `T` is not the buffer's type; [`DeviceError::NotOnHost`] if a GPU has it.
     pub fn typed<T: Element>(&self) -> Result<&[T], DeviceError> {
         self.view().typed()
     }
@@ -112,7 +184,7 @@ impl Buffer {
     /// All of it as a writable Rust slice.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDType`] if `T` is not the buffer's type.
+    /// [`DeviceError::WrongDType`] if `T` is not the buffer's type; [`DeviceError::NotOnHost`] if a GPU has it.
     pub fn typed_mut<T: Element>(&mut self) -> Result<&mut [T], DeviceError> {
         self.view_mut().typed()
     }
@@ -120,9 +192,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.mapped_bytes > 0 {
+        // The driver's memory goes with its owner, after the streams that use it.
+        if let Owner::System(mapped_bytes) = self.owner {
             // SAFETY: this is our mapping with its full length, and no view outlives the buffer.
-            unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.mapped_bytes) };
+            unsafe { libc::munmap(self.ptr.as_ptr().cast(), mapped_bytes) };
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What can go wrong with memory.
 
-use crate::DType;
+use crate::cuda::CudaError;
+use crate::{DType, Place};
 
 /// Errors of buffers and views.
 #[derive(Debug, thiserror::Error)]
@@ -23,4 +24,19 @@ pub enum DeviceError {
         /// The type of the view.
         got: DType,
     },
+    /// The host was to read or write a GPU's memory.
+    #[error("the memory is on `{place}`, where the host cannot reach it: copy it to pinned memory first")]
+    NotOnHost {
+        /// Where it is.
+        place: Place,
+    },
+    /// A place alone does not say which opening of a GPU to allocate with.
+    #[error("memory on `{place}` comes from an opened GPU: use `Buffer::allocate` or `BufferPool::of`")]
+    NotOpened {
+        /// Where it should be.
+        place: Place,
+    },
+    /// What a GPU or its driver reported.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }

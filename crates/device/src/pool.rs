@@ -2,17 +2,37 @@
 //!
 //! A pool hands out buffers and takes them back for the next caller of the same size, so that a step in steady
 //! state allocates nothing. Contents of a reused buffer are what its last user left.
+//!
+//! A buffer of a GPU may come back while streams still use it. Its log comes with it, so the next user's work waits
+//! on the GPU, and the host waits for nothing.
 
 use std::collections::HashMap;
 
-use crate::{Buffer, DType, DeviceError, Place};
+use crate::cuda::CudaError;
+use crate::{Buffer, DType, DeviceError, Memory, Place};
 
 /// Buffers by element type and size. Not shared: each rank has its own.
 #[derive(Debug)]
 pub struct BufferPool {
-    place: Place,
+    source: Source,
     free: HashMap<(DType, usize), Vec<Buffer>>,
     stats: PoolStats,
+}
+
+/// Where new buffers come from.
+#[derive(Debug)]
+enum Source {
+    Place(Place),
+    Memory(Memory),
+}
+
+impl Source {
+    fn allocate(&self, dtype: DType, numel: usize) -> Result<Buffer, DeviceError> {
+        match self {
+            Source::Place(place) => Buffer::zeroed(dtype, numel, *place),
+            Source::Memory(memory) => Buffer::allocate(dtype, numel, memory),
+        }
+    }
 }
 
 /// What a pool holds and has held.
@@ -20,6 +40,8 @@ pub struct BufferPool {
 pub struct PoolStats {
     /// Bytes handed out now.
     pub live_bytes: usize,
+    /// The most that was ever handed out.
+    pub peak_live_bytes: usize,
     /// Bytes waiting for reuse now.
     pub free_bytes: usize,
     /// The most that was ever handed out and waiting together.
@@ -31,24 +53,50 @@ pub struct PoolStats {
 impl BufferPool {
     /// An empty pool for one place.
     pub fn new(place: Place) -> Self {
-        BufferPool { place, free: HashMap::new(), stats: PoolStats::default() }
+        BufferPool { source: Source::Place(place), free: HashMap::new(), stats: PoolStats::default() }
+    }
+
+    /// An empty pool of the host's memory, pinned or not, or of a GPU's.
+    pub fn of(memory: Memory) -> Self {
+        BufferPool { source: Source::Memory(memory), free: HashMap::new(), stats: PoolStats::default() }
     }
 
     /// A buffer of exactly `numel` elements; its contents are unspecified.
     ///
+    /// If a GPU or the host has no memory left to give its driver, what waits for reuse in other sizes is freed first.
+    ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] if a new one is needed and refused.
+    /// [`DeviceError::OutOfMemory`] or [`DeviceError::Cuda`] if a new one is needed and refused.
     pub fn take(&mut self, dtype: DType, numel: usize) -> Result<Buffer, DeviceError> {
-        if let Some(buffer) = self.free.get_mut(&(dtype, numel)).and_then(Vec::pop) {
-            self.stats.free_bytes -= buffer.num_bytes();
-            self.stats.live_bytes += buffer.num_bytes();
-            return Ok(buffer);
-        }
-        let buffer = Buffer::zeroed(dtype, numel, self.place)?;
-        self.stats.num_allocations += 1;
-        self.stats.live_bytes += buffer.num_bytes();
-        self.stats.peak_bytes = self.stats.peak_bytes.max(self.stats.live_bytes + self.stats.free_bytes);
+        let reused = self.free.get_mut(&(dtype, numel)).and_then(Vec::pop);
+        let buffer = match reused {
+            Some(buffer) => {
+                self.stats.free_bytes -= buffer.num_bytes();
+                buffer
+            }
+            None => {
+                let buffer = self.allocate(dtype, numel)?;
+                self.stats.num_allocations += 1;
+                buffer
+            }
+        };
+        let stats = &mut self.stats;
+        stats.live_bytes += buffer.num_bytes();
+        stats.peak_live_bytes = stats.peak_live_bytes.max(stats.live_bytes);
+        stats.peak_bytes = stats.peak_bytes.max(stats.live_bytes + stats.free_bytes);
         Ok(buffer)
+    }
+
+    fn allocate(&mut self, dtype: DType, numel: usize) -> Result<Buffer, DeviceError> {
+        match self.source.allocate(dtype, numel) {
+            Err(DeviceError::Cuda(CudaError::OutOfMemory { .. } | CudaError::OutOfPinnedMemory { .. }))
+                if self.stats.free_bytes > 0 =>
+            {
+                self.trim();
+                self.source.allocate(dtype, numel)
+            }
+            result => result,
+        }
     }
 
     /// Gives a buffer back for reuse.
@@ -58,7 +106,7 @@ impl BufferPool {
         self.free.entry((buffer.dtype(), buffer.numel())).or_default().push(buffer);
     }
 
-    /// Drops every waiting buffer, so that its pages go back to the system.
+    /// Drops every waiting buffer, so that its memory goes back to where it came from.
     pub fn trim(&mut self) {
         self.free.clear();
         self.stats.free_bytes = 0;
@@ -85,6 +133,7 @@ mod tests {
         }
         assert_eq!(pool.stats().num_allocations, 2);
         assert_eq!(pool.stats().peak_bytes, 256);
+        assert_eq!(pool.stats().peak_live_bytes, 256);
         pool.trim();
         assert_eq!(pool.stats().free_bytes, 0);
     }

@@ -2,11 +2,15 @@
 //!
 //! A view is a pointer with an element count, an element type and a place; its lifetime is that of the memory.
 //! Views are made safely from Rust slices and [`crate::Buffer`]s, and unsafely from a raw pointer (a tensor's).
+//!
+//! The host reads and writes through views of host memory only; of a GPU's memory they give an address and an error.
+//! Views of pinned memory wait for the streams that use it.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use crate::cuda::{Access, Uses};
 use crate::{DType, DeviceError, Element, Place};
 
 /// A read-only view of `numel` elements.
@@ -16,6 +20,8 @@ pub struct Slice<'a> {
     numel: usize,
     dtype: DType,
     place: Place,
+    /// Who uses the memory, if streams may.
+    uses: Option<&'a Uses>,
     memory: PhantomData<&'a [u8]>,
 }
 
@@ -26,6 +32,7 @@ pub struct SliceMut<'a> {
     numel: usize,
     dtype: DType,
     place: Place,
+    uses: Option<&'a Uses>,
     memory: PhantomData<&'a mut [u8]>,
 }
 
@@ -42,16 +49,33 @@ impl<'a> Slice<'a> {
     /// A view of a Rust slice in host memory.
     pub fn of<T: Element>(values: &'a [T]) -> Self {
         let ptr = NonNull::from(values).cast();
-        Slice { ptr, numel: values.len(), dtype: T::DTYPE, place: Place::Cpu, memory: PhantomData }
+        Slice {
+            ptr,
+            numel: values.len(),
+            dtype: T::DTYPE,
+            place: Place::Cpu,
+            uses: None,
+            memory: PhantomData,
+        }
     }
 
     /// A view of `numel` elements at `ptr`.
     ///
     /// # Safety
     /// `ptr` must be aligned for `dtype` and valid for reads of `numel` elements at `place` for `'a`, and nobody
-    /// may write there during `'a`.
+    /// may write there during `'a`. On a GPU all that holds until the streams that are given the view are past it;
+    /// their order is the caller's business too.
     pub unsafe fn from_raw(ptr: NonNull<u8>, numel: usize, dtype: DType, place: Place) -> Self {
-        Slice { ptr, numel, dtype, place, memory: PhantomData }
+        Slice { ptr, numel, dtype, place, uses: None, memory: PhantomData }
+    }
+
+    /// The same view with the log of its memory.
+    pub(crate) fn logged(self, uses: Option<&'a Uses>) -> Self {
+        Slice { uses, ..self }
+    }
+
+    pub(crate) fn uses(&self) -> Option<&'a Uses> {
+        self.uses
     }
 
     /// Elements in view.
@@ -93,22 +117,33 @@ impl<'a> Slice<'a> {
     /// The view as a Rust slice of its own element type.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDType`] if `T` is another type.
+    /// [`DeviceError::WrongDType`] if `T` is another type; [`DeviceError::NotOnHost`] if a GPU has the memory.
     pub fn typed<T: Element>(&self) -> Result<&'a [T], DeviceError> {
         if T::DTYPE != self.dtype {
             return Err(DeviceError::WrongDType { expected: T::DTYPE, got: self.dtype });
         }
-        let Place::Cpu = self.place;
-        // SAFETY: host memory, aligned and valid for `numel` elements of this type for `'a` (the constructors'
+        on_host(self, Access::Read)?;
+        // SAFETY: host memory that no stream writes (`on_host`), aligned and valid for `numel` elements of this type for `'a` (the constructors'
         // contract), and not written meanwhile.
         Ok(unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), self.numel) })
     }
 
     /// The view's bytes (host memory).
+    ///
+    /// # Panics
+    /// Where [`Slice::host_bytes`] is an error, for code that has host memory only.
     pub fn bytes(&self) -> &'a [u8] {
-        let Place::Cpu = self.place;
+        self.host_bytes().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The view's bytes.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotOnHost`] if a GPU has the memory.
+    pub fn host_bytes(&self) -> Result<&'a [u8], DeviceError> {
+        on_host(self, Access::Read)?;
         // SAFETY: as in `typed`; any byte is a valid `u8`.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.num_bytes()) }
+        Ok(unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.num_bytes()) })
     }
 }
 
@@ -117,16 +152,21 @@ impl<'a> SliceMut<'a> {
     pub fn of<T: Element>(values: &'a mut [T]) -> Self {
         let numel = values.len();
         let ptr = NonNull::from(values).cast();
-        SliceMut { ptr, numel, dtype: T::DTYPE, place: Place::Cpu, memory: PhantomData }
+        SliceMut { ptr, numel, dtype: T::DTYPE, place: Place::Cpu, uses: None, memory: PhantomData }
     }
 
     /// A writable view of `numel` elements at `ptr`.
     ///
     /// # Safety
     /// `ptr` must be aligned for `dtype` and valid for reads and writes of `numel` initialised elements at `place`
-    /// for `'a`, and nobody else may read or write there during `'a`.
+    /// for `'a`, and nobody else may read or write there during `'a`. On a GPU as for [`Slice::from_raw`].
     pub unsafe fn from_raw(ptr: NonNull<u8>, numel: usize, dtype: DType, place: Place) -> Self {
-        SliceMut { ptr, numel, dtype, place, memory: PhantomData }
+        SliceMut { ptr, numel, dtype, place, uses: None, memory: PhantomData }
+    }
+
+    /// The same view with the log of its memory.
+    pub(crate) fn logged(self, uses: Option<&'a Uses>) -> Self {
+        SliceMut { uses, ..self }
     }
 
     /// Elements in view.
@@ -156,7 +196,14 @@ impl<'a> SliceMut<'a> {
 
     /// A read-only view of the same elements, for a shorter time.
     pub fn as_slice(&self) -> Slice<'_> {
-        Slice { ptr: self.ptr, numel: self.numel, dtype: self.dtype, place: self.place, memory: PhantomData }
+        Slice {
+            ptr: self.ptr,
+            numel: self.numel,
+            dtype: self.dtype,
+            place: self.place,
+            uses: self.uses,
+            memory: PhantomData,
+        }
     }
 
     /// A writable view of the same elements, for a shorter time.
@@ -166,6 +213,7 @@ impl<'a> SliceMut<'a> {
             numel: self.numel,
             dtype: self.dtype,
             place: self.place,
+            uses: self.uses,
             memory: PhantomData,
         }
     }
@@ -197,38 +245,62 @@ impl<'a> SliceMut<'a> {
         assert!(at <= self.numel, "split at {at} of {}", self.numel);
         // SAFETY: `at` is inside the view (asserted); the two results do not overlap.
         let second = unsafe { self.ptr.add(at * self.dtype.size_bytes()) };
-        let (dtype, place, memory) = (self.dtype, self.place, PhantomData);
+        let (dtype, place, uses, memory) = (self.dtype, self.place, self.uses, PhantomData);
         (
-            SliceMut { ptr: self.ptr, numel: at, dtype, place, memory },
-            SliceMut { ptr: second, numel: self.numel - at, dtype, place, memory },
+            SliceMut { ptr: self.ptr, numel: at, dtype, place, uses, memory },
+            SliceMut { ptr: second, numel: self.numel - at, dtype, place, uses, memory },
         )
     }
 
     /// The view as a Rust slice of its own element type.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDType`] if `T` is another type.
+    /// [`DeviceError::WrongDType`] if `T` is another type; [`DeviceError::NotOnHost`] if a GPU has the memory.
     pub fn typed<T: Element>(self) -> Result<&'a mut [T], DeviceError> {
         if T::DTYPE != self.dtype {
             return Err(DeviceError::WrongDType { expected: T::DTYPE, got: self.dtype });
         }
-        let Place::Cpu = self.place;
-        // SAFETY: host memory, aligned, initialised and exclusively ours for `'a` (the constructors' contract).
+        on_host(&self.as_slice(), Access::Write)?;
+        // SAFETY: host memory that no stream uses (`on_host`), aligned, initialised and exclusively ours for `'a` (the constructors' contract).
         Ok(unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), self.numel) })
     }
 
     /// The view's bytes (host memory).
+    ///
+    /// # Panics
+    /// Where [`SliceMut::host_bytes`] is an error, for code that has host memory only.
     pub fn bytes(self) -> &'a mut [u8] {
-        let Place::Cpu = self.place;
+        self.host_bytes().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The view's bytes.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotOnHost`] if a GPU has the memory.
+    pub fn host_bytes(self) -> Result<&'a mut [u8], DeviceError> {
+        on_host(&self.as_slice(), Access::Write)?;
         let num_bytes = self.num_bytes();
         // SAFETY: as in `typed`; any byte is a valid `u8`, and any bytes are valid numbers.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), num_bytes) }
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), num_bytes) })
+    }
+}
+
+/// Checks that the host may do `access` to a view, waiting for the streams that use it if it is pinned memory.
+fn on_host(view: &Slice<'_>, access: Access) -> Result<(), DeviceError> {
+    match (view.place, view.uses) {
+        (Place::Cpu, None) => Ok(()),
+        (Place::Cpu, Some(uses)) => {
+            let start = view.ptr.as_ptr().addr();
+            Ok(uses.wait(&(start..start + view.num_bytes()), access)?)
+        }
+        (place @ Place::Cuda { .. }, _) => Err(DeviceError::NotOnHost { place }),
     }
 }
 
 impl<'a> From<SliceMut<'a>> for Slice<'a> {
     fn from(view: SliceMut<'a>) -> Self {
-        Slice { ptr: view.ptr, numel: view.numel, dtype: view.dtype, place: view.place, memory: PhantomData }
+        let SliceMut { ptr, numel, dtype, place, uses, .. } = view;
+        Slice { ptr, numel, dtype, place, uses, memory: PhantomData }
     }
 }
 
@@ -258,6 +330,28 @@ mod tests {
         let values = [half::bf16::ONE];
         let error = Slice::of(&values).typed::<half::f16>().unwrap_err();
         assert_eq!(error.to_string(), "view holds `bf16`, expected `f16`");
+    }
+
+    #[test]
+    fn memory_of_a_gpu_is_out_of_the_hosts_reach() {
+        let place = Place::Cuda { ordinal: 1 };
+        // SAFETY: the view is never given to a stream, and its memory never accessed: that is what is tested.
+        let view = unsafe { Slice::from_raw(NonNull::<u64>::dangling().cast(), 8, DType::F32, place) };
+        let error = view.typed::<f32>().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the memory is on `cuda:1`, where the host cannot reach it: copy it to pinned memory first"
+        );
+        assert!(view.host_bytes().is_err());
+        assert!(view.range(2..4).host_bytes().is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "the memory is on `cuda:0`")]
+    fn code_for_host_memory_panics_rather_than_faults() {
+        let place = Place::Cuda { ordinal: 0 };
+        // SAFETY: as above.
+        unsafe { Slice::from_raw(NonNull::<u64>::dangling().cast(), 8, DType::F32, place) }.bytes();
     }
 
     #[test]

@@ -36,10 +36,10 @@ pub enum Store {
 /// - `terms`: at least one; all of one element type (f32, bf16 or f16) and of `out`'s length
 /// - `out`: of the terms' type, or f32; of the terms' type if one of them is [`Term::Out`]
 /// # Panics
-/// If shapes or types are not as above.
+/// If shapes or types are not as above, or a GPU has the memory.
 pub fn sum_in_order(terms: &[Term<'_>], mut out: SliceMut<'_>, store: Store) {
     let numel = out.numel();
-    let target = out.as_mut_ptr();
+    let target = out.reborrow().bytes().as_mut_ptr();
     let mut dtype = None;
     let mut many = Vec::new();
     let mut few = [std::ptr::null(); 8];
@@ -53,7 +53,7 @@ pub fn sum_in_order(terms: &[Term<'_>], mut out: SliceMut<'_>, store: Store) {
         let term_dtype = match term {
             Term::Of(slice) => {
                 assert_eq!(slice.numel(), numel, "a term is as long as the result");
-                *pointer = slice.as_ptr();
+                *pointer = slice.bytes().as_ptr();
                 slice.dtype()
             }
             Term::Out => {
