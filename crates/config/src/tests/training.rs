@@ -446,7 +446,10 @@ fn activations_are_kept_unless_asked_otherwise() {
         "activations.head_chunk_tokens=256",
     ]);
     use ActivationPolicy::{Keep, Offload, Recompute};
-    let policies = run.activations.to_rules().policies(["l.0", "l.1", "l.2", "lm_head", "last"]);
+    let policies = run
+        .activations
+        .to_rules()
+        .policies(["l.0", "l.1", "l.2", "lm_head", "last"], shardwise_plan::LossTurn::AtOnce);
     assert_eq!(policies, [Keep, Keep, Recompute, Offload, Keep]);
     assert_eq!(run.activations.head_chunk_tokens, Some(256));
     let offload = ["activations.policy=offload"];
@@ -460,7 +463,10 @@ fn activations_are_kept_unless_asked_otherwise() {
     // Rules go with DeepSpeed's block, a policy does not.
     let rules = "activations.rules=[{match: '*.0', policy: 'keep'}]";
     assert_eq!(
-        config(&[&all, rules]).activations.to_rules().policies(["l.0", "l.1", "last"]),
+        config(&[&all, rules])
+            .activations
+            .to_rules()
+            .policies(["l.0", "l.1", "last"], shardwise_plan::LossTurn::AtOnce),
         [Keep, Offload, Keep]
     );
     let both = says(&["activations.policy=recompute", &all]);
