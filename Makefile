@@ -24,7 +24,7 @@ demo: build ## train a small Llama on Shakespeare on 2 CPU ranks with ZeRO-2 and
 finetune: build ## fine-tune SmolLM2-135M (a download of 93 MB) on Shakespeare, perplexity before and after
 	examples/finetune-smollm2/run.sh
 
-test: build ## run all tests
+test: build nvrtc ## run all tests
 	$(CARGO) test --no-fail-fast
 	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
 	$(CARGO) test --release --no-fail-fast $(TORCH_CRATES)

@@ -49,6 +49,15 @@ pub enum Command {
     Eval(EvalArgs),
     /// Turn a GGUF file into a Hugging Face folder
     Import(ImportArgs),
+    /// Say what this machine has: cores, worker, GPUs and their links, compiler of kernels
+    Doctor(DoctorArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A run file on a number of ranks: what every command that reads one takes.

@@ -8,6 +8,7 @@ mod args;
 mod check;
 mod checkpoint;
 mod console;
+mod doctor;
 mod eval;
 mod export;
 mod generate;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args).map(|never| match never {}),
         Command::Eval(args) => eval::run(&args).map(|never| match never {}),
         Command::Import(args) => import::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     result.unwrap_or_else(|error| tell(&error)).into()
 }
