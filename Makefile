@@ -3,7 +3,6 @@
 .PHONY: help setup nvrtc build demo test test-fast fuzz bench fmt lint
 
 CARGO ?= cargo
-TORCH_CRATES := -p shardwise-torch -p shardwise-engine -p shardwise-models -p shardwise-worker
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,13 +23,13 @@ demo: build ## train a small Llama on Shakespeare on 2 CPU ranks with ZeRO-2 and
 finetune: build ## fine-tune SmolLM2-135M (a download of 93 MB) on Shakespeare, perplexity before and after
 	examples/finetune-smollm2/run.sh
 
-test: build nvrtc ## run all tests
-	$(CARGO) test --no-fail-fast
-	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
-	$(CARGO) test --release --no-fail-fast $(TORCH_CRATES)
+# One build of everything, both binaries included: what is tested is what is shipped.
+test: setup nvrtc ## run all tests
+	$(CARGO) test --release --workspace --no-fail-fast
 	target/release/examples/custom_model # built with the tests
+	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
 
-test-fast: nvrtc ## run the tests of the crates that need no libtorch
+test-fast: nvrtc ## run the tests of the crates that need no libtorch, with assertions and checks for overflow
 	$(CARGO) test --no-fail-fast
 
 fuzz: ## try hostile checkpoints, GGUF files and cuts of tensors for some minutes (CASES=200000: for each test)
