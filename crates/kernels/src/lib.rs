@@ -18,6 +18,7 @@ pub mod dropout;
 pub mod norm;
 pub mod optimizer;
 pub mod philox;
+pub mod processor;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rotary;
@@ -31,4 +32,5 @@ mod simd;
 mod testing;
 
 pub use parallel::Threads;
+pub use processor::Processor;
 pub use simd::Float;

@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use super::api::{self, Handle};
@@ -175,6 +176,12 @@ impl Scalar for i64 {}
 impl Scalar for u64 {}
 impl Scalar for f64 {}
 
+/// One argument: its bytes, in words that are aligned for every type.
+struct Value {
+    words: Vec<MaybeUninit<u64>>,
+    num_bytes: usize,
+}
+
 /// The arguments of a launch, in the order of the kernel's parameters.
 ///
 /// Views are borrowed until the launch; what they show is then in use until the kernel is over. A second pointer into
@@ -182,7 +189,7 @@ impl Scalar for f64 {}
 #[derive(Default)]
 #[must_use]
 pub struct Args<'a> {
-    values: Vec<(u64, usize)>,
+    values: Vec<Value>,
     touches: Vec<Touch<'a>>,
     /// Where the memory of an argument is, and whether it has a log.
     views: Vec<(usize, Slice<'a>)>,
@@ -212,10 +219,34 @@ impl<'a> Args<'a> {
 
     /// A number.
     pub fn value<T: Scalar>(mut self, value: T) -> Self {
-        let bytes = bytemuck::bytes_of(&value);
-        let mut bits = [0; 8];
-        bits[..bytes.len()].copy_from_slice(bytes);
-        self.values.push((u64::from_ne_bytes(bits), bytes.len()));
+        // SAFETY: a number is alive and as large as its type.
+        unsafe { self.push((&raw const value).cast(), size_of::<T>()) };
+        self
+    }
+
+    /// A structure, by value. What its pointers show is told apart from it, with [`Args::uses`].
+    ///
+    /// # Safety
+    /// `structure` is aligned and valid for reads of `num_bytes` bytes; padding may be anything.
+    pub unsafe fn structure(mut self, structure: *const c_void, num_bytes: usize) -> Self {
+        // SAFETY: as this function's.
+        unsafe { self.push(structure, num_bytes) };
+        self
+    }
+
+    /// # Safety
+    /// As [`Args::structure`].
+    unsafe fn push(&mut self, value: *const c_void, num_bytes: usize) {
+        let mut words = vec![MaybeUninit::uninit(); num_bytes.div_ceil(size_of::<u64>())];
+        // SAFETY: the caller's value is so long, and the words are at least so; they are new, and never read as numbers.
+        unsafe { value.cast::<u8>().copy_to_nonoverlapping(words.as_mut_ptr().cast(), num_bytes) };
+        self.values.push(Value { words, num_bytes });
+    }
+
+    /// Memory that the kernel reaches through a pointer in a structure.
+    pub fn uses(mut self, view: Slice<'a>, access: Access) -> Self {
+        self.views.push((self.values.len().saturating_sub(1), view));
+        self.touches.extend(view.touch(access));
         self
     }
 
@@ -234,7 +265,7 @@ impl<'a> Args<'a> {
                 return Err(CudaError::UnreachableArgument { kernel, index, place, ordinal });
             }
         }
-        let got = || self.values.iter().map(|&(_, size)| size);
+        let got = || self.values.iter().map(|value| value.num_bytes);
         match &kernel.parameters {
             Some(expected) if !expected.iter().copied().eq(got()) => Err(CudaError::WrongArguments {
                 kernel: kernel.name.clone(),
@@ -261,7 +292,7 @@ impl Stream {
         args.check(kernel, self.gpu().ordinal())?;
         let Args { mut values, touches, .. } = args;
         let mut pointers: Vec<*mut c_void> =
-            values.iter_mut().map(|(bits, _)| std::ptr::from_mut(bits).cast()).collect();
+            values.iter_mut().map(|value| value.words.as_mut_ptr().cast()).collect();
         let asked = || format!("launch kernel `{}` with {grid:?}", kernel.name);
         let ([bx, by, bz], [tx, ty, tz]) = (grid.blocks, grid.threads);
         self.queue().submit(self.gpu(), &touches, "cuLaunchKernel", asked, |api, stream| {

@@ -56,6 +56,9 @@ pub struct Pack {
 }
 
 impl Pack {
+    /// Segments of a launch.
+    pub const MAX_SEGMENTS: usize = MAX_SEGMENTS;
+
     /// `to = from * factor` for each segment, as [`crate::convert::scale_on`]: a cast if the factor is 1, and for the gradients
     /// of a layer, their copy into its bucket. One launch for each 64 segments.
     pub fn scale(
