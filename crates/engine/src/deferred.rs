@@ -94,12 +94,14 @@ impl DeferredWeights {
 }
 
 impl Shelf {
-    pub fn put(&self, form: Form, x: &Tensor, dy: &Tensor) {
+    /// Sets the factors aside without their history: with it they would hold the graph, which holds this shelf.
+    pub fn put(&self, form: Form, x: &Tensor, dy: &Tensor) -> Result<(), TorchError> {
         if self.is_closed.load(Ordering::Relaxed) {
-            return;
+            return Ok(());
         }
-        let factors = Factors { weight: self.weight, form, x: x.shallow_clone(), dy: dy.shallow_clone() };
+        let factors = Factors { weight: self.weight, form, x: x.f_detach()?, dy: dy.f_detach()? };
         self.factors.lock().unwrap_or_else(PoisonError::into_inner).push(factors);
+        Ok(())
     }
 }
 

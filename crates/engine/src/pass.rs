@@ -141,7 +141,10 @@ impl Engine {
             if half == Half::Weights {
                 // Nothing of the layer is needed any more, nor its parameters.
                 let grads = match layer {
-                    Held::Weights { grads, deferred } => self.with_deferred(index, grads, &deferred)?,
+                    Held::Weights { grads, deferred } => {
+                        (self.observer)(Phase::Backward);
+                        self.with_deferred(index, grads, &deferred)?
+                    }
                     Held::Done => continue,
                     _ => Vec::new(),
                 };

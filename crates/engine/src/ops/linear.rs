@@ -83,7 +83,7 @@ fn own(
         }
         match &shelf {
             _ if is_wanted(1) => grads[1] = Some(weight_grad(form, x, dy)?),
-            Some(shelf) => shelf.put(form, x, dy),
+            Some(shelf) => shelf.put(form, x, dy)?,
             None => {}
         }
         if is_wanted(2) {

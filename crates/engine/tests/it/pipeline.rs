@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use shardwise_device::DType;
 use shardwise_engine::{
-    Batch, BoxError, Context, Engine, EngineError, EngineOptions, Layer, ParamSource, Params,
-    PipelineOptions, RandomInit,
+    Batch, BoxError, Context, Engine, EngineError, EngineOptions, Layer, ParamSource, Params, Phase,
+    PipelineOptions, RandomInit, ops::linear,
 };
 use shardwise_plan::pipeline::{Action, Schedule, ScheduleKind, loss_turn};
 use shardwise_plan::{Init, LayerSpec, LossTurn, ParamSpec, ZeroStage};
@@ -206,7 +206,9 @@ impl Drop for Alive {
     }
 }
 
-/// `x * scale`, a whole part of the model, which notes down when what is computed. The last one gives a loss.
+/// `x W^T W^T * scale`, a whole part of the model, which notes down when what is computed. The last one gives a loss.
+///
+/// The gradient of the matrix may wait: then nobody but the engine sees when it is made.
 struct Noting {
     name: String,
     chunk: usize,
@@ -218,7 +220,10 @@ impl Layer for Noting {
     fn spec(&self) -> LayerSpec {
         LayerSpec {
             name: self.name.clone(),
-            params: vec![ParamSpec::new(&self.name, "scale", &[1], Init::Ones)],
+            params: vec![
+                ParamSpec::new(&self.name, "matrix", &[2, 2], Init::Ones),
+                ParamSpec::new(&self.name, "scale", &[1], Init::Ones),
+            ],
         }
     }
 
@@ -230,21 +235,28 @@ impl Layer for Noting {
         };
         note('F')();
         let (input_grad, weight_grad) = (note('I'), note('W'));
+        let matrix = params.get("matrix")?;
         // Goes with the graph.
-        let alive = Alive::new(&self.notes);
+        let alive = Arc::new(Alive::new(&self.notes));
+        let same = alive.clone();
         let x = tap(x, move |grad| {
             input_grad();
+            let Alive(_) = &*same;
             Ok(grad)
         })?;
         let scale = tap(params.get("scale")?, move |grad| {
             weight_grad();
-            let Alive(_) = &alive;
+            let Alive(_) = &*alive;
             Ok(grad)
         })?;
-        let y = x.f_mul(&scale)?;
+        let twice = linear(context, &linear(context, &x, matrix, None)?, matrix, None)?;
+        let y = twice.f_mul(&scale)?;
         Ok(if self.is_last { y.f_mean(Kind::Float)? } else { y })
     }
 }
+
+/// A layer goes backward, or makes up for the gradient of a matrix that has waited: the engine says so.
+const BACKWARD: Event = ('B', 0, 0);
 
 /// What the layers of a stage note down if it does what `actions` say. The loss of a schedule that keeps many waiting is made anew
 /// for its backward pass (`makes_loss_anew`).
@@ -257,12 +269,11 @@ fn events(actions: &[Action], stage: usize, makes_loss_anew: bool) -> Vec<Event>
         let input = has_input_grad.then(|| event('I'));
         match action {
             Action::Forward(_) => vec![event('F')],
-            Action::Backward(_) => {
+            Action::Backward(_) | Action::BackwardInput(_) => {
                 let again = makes_loss_anew.then(|| event('F'));
-                again.into_iter().chain(input).chain([event('W')]).collect()
+                again.into_iter().chain([BACKWARD]).chain(input).chain([event('W')]).collect()
             }
-            Action::BackwardInput(_) => input.into_iter().collect(),
-            Action::BackwardWeight(_) => vec![event('W')],
+            Action::BackwardWeight(_) => vec![BACKWARD],
             _ => vec![],
         }
     };
@@ -313,8 +324,14 @@ fn stages_do_what_their_schedules_say_and_keep_no_more() {
                     let options = plain_sgd(stage, num_microbatches, schedule);
                     let mut engine =
                         Engine::new(layers.collect(), options, ranks, &mut RandomInit { seed: 3 }).unwrap();
+                    let noted = notes.events.clone();
+                    engine.observe(move |phase| {
+                        if phase == Phase::Backward {
+                            noted.lock().unwrap().push(BACKWARD);
+                        }
+                    });
                     let batch = |microbatch| {
-                        let input = Tensor::from_slice(&[1.0f32, 2.0]);
+                        let input = Tensor::from_slice(&[1.0f32, 2.0]).view([1, 2]);
                         Ok(Batch { target: input.shallow_clone(), input, first_row: microbatch as u64 })
                     };
                     engine.train_step(0.1, batch).unwrap();
@@ -330,7 +347,13 @@ fn stages_do_what_their_schedules_say_and_keep_no_more() {
                     let most_alive = notes.most_alive.load(Ordering::Relaxed);
                     // Here the loss is all of the last stage.
                     let planned = if makes_loss_anew { 1 } else { plan.peak_activations(stage) };
-                    assert_eq!(most_alive, planned, "stage {stage}: {what}");
+                    match schedule {
+                        // Of a matrix that waits only its two factors stay, which are not counted here.
+                        ScheduleKind::ZeroBubble => {
+                            assert!(most_alive <= planned, "{most_alive} on stage {stage}: {what}");
+                        }
+                        _ => assert_eq!(most_alive, planned, "stage {stage}: {what}"),
+                    }
                     if schedule == ScheduleKind::OneForwardOneBackward {
                         assert!(most_alive <= num_stages - stage, "{most_alive} on stage {stage}: {what}");
                     }
