@@ -6,10 +6,10 @@
 //!
 //! [`LossScaler`]: crate::LossScaler
 
-use shardwise_device::Slice;
+use shardwise_device::{Place, Slice};
 use shardwise_kernels::norm;
 
-use crate::unit::{GradState, Unit};
+use crate::unit::Unit;
 use crate::{Divergence, Found, LossScaling, OnNonFinite, SkipReason, StepOutcome, Verdict, Zero, ZeroError};
 
 impl Zero {
@@ -55,9 +55,18 @@ impl Zero {
             }
         }
         fragments.sort_by_key(|(place, _)| *place);
-        let is_bad = |values| !norm::all_finite_of(self.threads(), values);
-        let mine = fragments.into_iter().find(|(_, values)| is_bad(*values));
-        let mine = mine.map_or(f64::INFINITY, |(place, _)| place as f64);
+        let is_bad = |values: Slice<'_>| match values.place() {
+            Place::Cpu => Ok(!norm::all_finite_of(self.threads(), values)),
+            // The sum is finite if every element is.
+            _ => Ok::<_, ZeroError>(!self.tiers.stepper.sums_of_squares(&[values])?[0].is_finite()),
+        };
+        let mut mine = f64::INFINITY;
+        for (place, values) in fragments {
+            if is_bad(values)? {
+                mine = place as f64;
+                break;
+            }
+        }
         let ranks = self.lane.exchange_over_world(&[mine])?;
         let first = ranks.iter().map(|rank| rank[0]).fold(f64::INFINITY, f64::min);
         let (unit, param) = catalogue.get(first as usize).expect("a sum is finite if every term is").clone();
@@ -66,10 +75,7 @@ impl Zero {
 
     /// This rank's shard of a settled gradient, in every stage; none of a frozen unit.
     pub(crate) fn owned_gradient<'a>(&self, unit: &'a Unit) -> Option<Slice<'a>> {
-        match &unit.trained.as_ref()?.grad {
-            GradState::Full(full) => Some(full.view().range(unit.layout.shard_range(self.group_rank))),
-            GradState::Shard(shard) => Some(shard.view()),
-            _ => unreachable!("settled before it is looked at"),
-        }
+        let range = unit.layout.shard_range(self.group_rank);
+        Some(unit.trained.as_ref()?.settled_gradient(&unit.owned, range))
     }
 }

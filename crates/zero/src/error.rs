@@ -2,6 +2,7 @@
 
 use shardwise_comm::CommError;
 use shardwise_device::{DType, DeviceError};
+use shardwise_kernels::processor::ProcessorError;
 
 /// Errors of [`crate::Zero`].
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +14,9 @@ pub enum ZeroError {
     /// Memory could not be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Arithmetic could not be done, for one because a GPU failed.
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
     /// The first values of a parameter could not be had.
     #[error("could not fill `{param}`")]
     Fill {

@@ -1,10 +1,10 @@
 //! Whole parameters in fp32, one unit at a time: for files and for tests.
 
 use shardwise_device::{Buffer, DType, Place, Slice};
-use shardwise_kernels::cast;
+use shardwise_kernels::Processor;
 use shardwise_plan::ParamSpec;
 
-use crate::unit::ParamState;
+use crate::unit::{ParamState, Unit};
 use crate::{Zero, ZeroError};
 
 /// Which copy of the parameters is asked for.
@@ -46,21 +46,20 @@ impl Zero {
         let has_master = self.units[unit].trained.as_ref().is_some_and(|trained| trained.master.is_some());
         let source = if has_master { Source::Master } else { Source::Compute };
         if source == Source::Compute {
-            let ptr = self.gather(unit)?;
-            // SAFETY: `gather` gives the address of `numel` elements of the compute type, which stay until `release`.
-            let copy = unsafe { Slice::from_raw(ptr, numel, self.options.compute, Place::Cpu) };
-            match copy.dtype() {
-                DType::Bf16 => cast::bf16_to_f32(copy.typed()?, full.typed_mut()?),
-                DType::F16 => cast::f16_to_f32(copy.typed()?, full.typed_mut()?),
-                _ => full.typed_mut::<f32>()?.copy_from_slice(copy.typed()?),
-            }
+            self.gather(unit)?;
+            self.on_host(self.full_copy(unit), |copy| {
+                Ok(Processor::Host(self.threads()).scale(copy, 1.0, full.view_mut())?)
+            })?;
             self.release(unit);
             return Ok(full);
         }
         let owned = self.units[unit].owned.clone();
         let master = self.units[unit].trained.as_ref().and_then(|trained| trained.master.as_ref());
-        let master = master.expect("checked above").typed::<f32>()?;
-        full.typed_mut::<f32>()?[owned].copy_from_slice(master);
+        let master = master.expect("checked above").view();
+        self.on_host(master, |master| {
+            full.typed_mut::<f32>()?[owned].copy_from_slice(master.typed()?);
+            Ok(())
+        })?;
         if self.options.stage.shards_optimizer() {
             full = self.lane.all_gather_in_place(full)?.wait()?;
         }
@@ -74,12 +73,38 @@ impl Zero {
     /// # Errors
     /// A failed collective or allocation.
     pub fn compute_bytes(&mut self, unit: usize) -> Result<Vec<u8>, ZeroError> {
-        let ptr = self.gather(unit)?;
-        let numel = self.units[unit].layout.padded_numel;
-        // SAFETY: as in `whole_unit`.
-        let bytes = unsafe { Slice::from_raw(ptr, numel, self.options.compute, Place::Cpu) }.bytes().to_vec();
+        self.gather(unit)?;
+        let mut bytes = Vec::new();
+        self.on_host(self.full_copy(unit), |copy| {
+            bytes.extend_from_slice(copy.host_bytes()?);
+            Ok(())
+        })?;
         self.release(unit);
-        debug_assert!(!matches!(self.units[unit].params, ParamState::Moving));
         Ok(bytes)
+    }
+
+    /// The whole compute copy of a unit that is gathered.
+    pub(crate) fn full_copy(&self, unit: usize) -> Slice<'_> {
+        let Unit { layout, params, .. } = &self.units[unit];
+        match params {
+            ParamState::Resident(full) | ParamState::Gathered { full, .. } => {
+                full.view().range(0..layout.padded_numel)
+            }
+            _ => unreachable!("gathered before"),
+        }
+    }
+
+    /// Calls `read` with `slice`, or a copy of it, on the host.
+    fn on_host(
+        &self,
+        slice: Slice<'_>,
+        read: impl FnOnce(Slice<'_>) -> Result<(), ZeroError>,
+    ) -> Result<(), ZeroError> {
+        if slice.place() == Place::Cpu {
+            return read(slice);
+        }
+        let mut copy = Buffer::zeroed(slice.dtype(), slice.numel(), Place::Cpu)?;
+        self.tiers.device.copy(slice, copy.view_mut())?;
+        read(copy.view())
     }
 }

@@ -22,24 +22,20 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use shardwise_comm::Part;
-use shardwise_device::{Buffer, DType, Slice};
-use shardwise_kernels::convert;
+use shardwise_device::{Buffer, BufferPool, DType, Slice};
+use shardwise_kernels::processor::Piece;
 use shardwise_plan::memory::NUM_REDUCING;
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
-use crate::unit::{GradState, Landing, Unit};
+use crate::unit::{Down, Fold, GradState, Landing, Unit};
 use crate::{Zero, ZeroError};
 
 /// Reductions under way on the side thread: one runs while the next is being filled.
 const MAX_REDUCING: usize = NUM_REDUCING - 1;
 
-/// What a reduced shard does to what is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fold {
-    Set,
-    Add,
-}
+/// Gradients under way to the host: it takes one in while the GPU is at the next ones.
+const MAX_GOING_DOWN: usize = 3;
 
 impl Zero {
     /// Takes the gradients of one unit in one micro-batch: one for each of its parameters, in their order and in the
@@ -68,7 +64,12 @@ impl Zero {
         }
         trained.num_reduced += 1;
         self.settle(unit)?; // the previous micro-batch's reduction
-        if accum == 1 || self.options.stage.shards_gradients() {
+        let is_whole_kept = self.options.stage.keeps_whole_gradients(accum) && !self.is_alone();
+        if self.tiers.offloads_optimizer().is_some() && !is_whole_kept {
+            let flat = self.outgoing(self.options.compute, &parts)?;
+            let fold = if microbatch == 0 { Fold::Set } else { Fold::Add };
+            self.send_down(unit, flat, fold)?;
+        } else if accum == 1 || self.options.stage.shards_gradients() {
             self.reduce_now(unit, microbatch, &parts)?;
         } else {
             self.accumulate(unit, microbatch, &parts)?;
@@ -81,12 +82,14 @@ impl Zero {
 
     /// Notes that a reduction of `unit` may be under way, and waits for the oldest if there are too many.
     fn limit_reducing(&mut self, unit: usize) -> Result<(), ZeroError> {
-        if self.lane.is_inline() {
-            return Ok(());
-        }
+        let most = match self.tiers.offloads_optimizer() {
+            Some(_) => MAX_GOING_DOWN,
+            None if self.lane.is_inline() => return Ok(()),
+            None => MAX_REDUCING,
+        };
         self.reducing.retain(|&other| other != unit);
         self.reducing.push_back(unit);
-        while self.reducing.len() > MAX_REDUCING {
+        while self.reducing.len() > most {
             let oldest = self.reducing.pop_front().expect("more than none");
             self.settle(oldest)?;
         }
@@ -95,22 +98,45 @@ impl Zero {
 
     /// Adds a micro-batch to the whole unit's gradient.
     fn accumulate(&mut self, unit: usize, microbatch: usize, parts: &[Part<'_>]) -> Result<(), ZeroError> {
-        let threads = self.threads();
+        let device = self.tiers.device.clone();
+        if matches!(self.grad_mut(unit), GradState::OnHost) {
+            // The sum of the last step's went down, and its memory back.
+            let (sums, numel) = (self.reduction.sums, self.units[unit].layout.padded_numel);
+            *self.grad_mut(unit) = GradState::Full(self.pool.take(sums, numel)?);
+        }
         let GradState::Full(full) = self.grad_mut(unit) else {
             unreachable!("stages 0 and 1 keep the whole gradient when they accumulate")
         };
-        let mut rest = full.view_mut();
-        for part in parts {
-            let (here, after) = rest.split_at(part.numel());
-            rest = after;
-            match (part, microbatch) {
-                (Part::Data(data), 0) => convert::scale_on(threads, *data, 1.0, here),
-                (Part::Data(data), _) => convert::accumulate_on(threads, here, *data),
-                (Part::Zeros(_), 0) => here.bytes().fill(0),
-                (Part::Zeros(_), _) => {}
-            }
+        match microbatch {
+            0 => device.pack(&pieces(parts), 1.0, full.view_mut())?,
+            _ => device.accumulate(&pieces(parts), full.view_mut())?,
         }
         Ok(())
+    }
+
+    /// Starts to bring one gradient of a unit to the host, summed over ranks where there are several.
+    fn send_down(&mut self, unit: usize, sent: Buffer, fold: Fold) -> Result<(), ZeroError> {
+        let copies = self.tiers.offloads_optimizer().expect("asked by the caller");
+        let shard_numel = self.units[unit].layout.shard_numel();
+        let (summed, told) = match self.is_alone() {
+            true => (None, sent.dtype()),
+            false => (Some(self.pool.take(DType::F32, shard_numel)?), DType::F32),
+        };
+        let host_pool = self.host_pool.as_mut().expect("there is one where state is offloaded");
+        let told = host_pool.take(told, shard_numel)?;
+        let work = self.lane.reduce_down(Down { sent, summed, told }, copies)?;
+        *self.grad_mut(unit) = GradState::ToHost { work, fold };
+        Ok(())
+    }
+
+    /// Whether no other rank has gradients of the same parameters.
+    fn is_alone(&self) -> bool {
+        self.group().group_size() == 1
+    }
+
+    /// The pool of what the optimizer computes on.
+    pub(crate) fn step_pool(&mut self) -> &mut BufferPool {
+        self.host_pool.as_mut().unwrap_or(&mut self.pool)
     }
 
     /// Reduces the whole unit's gradient of all micro-batches.
@@ -121,6 +147,17 @@ impl Zero {
             unreachable!("as in `accumulate`")
         };
         let sends_as_is = self.reduction.sends_as_is(full.dtype());
+        if self.tiers.offloads_optimizer().is_some() {
+            let sent = match sends_as_is {
+                true => full,
+                false => {
+                    let sent = self.outgoing(full.dtype(), &[Part::Data(full.view())])?;
+                    self.pool.give_back(full);
+                    sent
+                }
+            };
+            return self.send_down(unit, sent, Fold::Set);
+        }
         if is_stage_0 && sends_as_is {
             *self.grad_mut(unit) = GradState::ReducingFull(self.lane.all_reduce(full)?);
             return Ok(());
@@ -193,7 +230,7 @@ impl Zero {
         let mut buffer = buffer;
         let spare = self.pool.take(DType::F32, range.len())?;
         let spare = self.reduce_scatter(parts, spare, 0..range.len())?;
-        self.fold(fold, &spare, &mut buffer, range);
+        self.fold(fold, &spare, &mut buffer, range)?;
         self.pool.give_back(spare);
         Ok(buffer)
     }
@@ -221,11 +258,29 @@ impl Zero {
         let state = match replace(self.grad_mut(unit), GradState::Moving) {
             GradState::ReducingFull(pending) => GradState::Full(pending.wait()?),
             GradState::ReducingShard { work, landing } => self.land(unit, work, landing)?,
+            GradState::ToHost { work, fold } => self.take_in(unit, work, fold)?,
             GradState::Moving => return Err(self.lost(unit)),
             settled => settled,
         };
         *self.grad_mut(unit) = state;
         Ok(())
+    }
+
+    /// Waits for a gradient on its way to the host and puts it where it belongs.
+    fn take_in(&mut self, unit: usize, work: Pending<Down>, fold: Fold) -> Result<GradState, ZeroError> {
+        let Down { sent, summed, told } = work.wait()?;
+        self.pool.give_back(sent);
+        if let Some(summed) = summed {
+            self.pool.give_back(summed);
+        }
+        let trained = self.units[unit].trained.as_mut().expect("only trainable units are reduced");
+        let grad = trained.offloaded.as_mut().expect("allocated where state is offloaded").view_mut();
+        match fold {
+            Fold::Set => self.tiers.stepper.scale(told.view(), 1.0, grad)?,
+            Fold::Add => self.tiers.stepper.accumulate(&[Piece::Data(told.view())], grad)?,
+        }
+        self.step_pool().give_back(told);
+        Ok(GradState::OnHost)
     }
 
     /// Waits for a reduced shard and puts it where it belongs.
@@ -254,39 +309,47 @@ impl Zero {
         let keeps_full = self.options.stage.keeps_whole_gradients(self.options.grad_accum_steps);
         let range =
             if keeps_full { self.units[unit].layout.shard_range(self.group_rank) } else { 0..output.numel() };
-        self.fold(fold, &output, &mut buffer, range);
+        self.fold(fold, &output, &mut buffer, range)?;
         self.pool.give_back(output);
         Ok(if keeps_full { GradState::Full(buffer) } else { GradState::Shard(buffer) })
     }
 
     /// Puts a reduced shard, in f32, into `range` of a unit's gradient.
-    fn fold(&self, fold: Fold, shard: &Buffer, buffer: &mut Buffer, range: Range<usize>) {
+    fn fold(
+        &self,
+        fold: Fold,
+        shard: &Buffer,
+        buffer: &mut Buffer,
+        range: Range<usize>,
+    ) -> Result<(), ZeroError> {
         let place = buffer.view_mut().into_range(range);
         match fold {
-            Fold::Set => convert::scale_on(self.threads(), shard.view(), 1.0, place),
-            Fold::Add => convert::accumulate_on(self.threads(), place, shard.view()),
+            Fold::Set => self.tiers.device.scale(shard.view(), 1.0, place)?,
+            Fold::Add => self.tiers.device.accumulate(&[Piece::Data(shard.view())], place)?,
         }
+        Ok(())
     }
 
     /// `parts` of type `own`, flat, as they go on the wire.
     fn outgoing(&mut self, own: DType, parts: &[Part<'_>]) -> Result<Buffer, ZeroError> {
         let numel = parts.iter().map(Part::numel).sum();
         let mut flat = self.pool.take(self.reduction.wire(own), numel)?;
-        let mut rest = flat.view_mut();
-        for part in parts {
-            let (here, after) = rest.split_at(part.numel());
-            rest = after;
-            match part {
-                Part::Data(data) => convert::scale_on(self.threads(), *data, self.reduction.before, here),
-                Part::Zeros(_) => here.bytes().fill(0),
-            }
-        }
+        self.tiers.device.pack(&pieces(parts), self.reduction.before, flat.view_mut())?;
         Ok(flat)
     }
 
     fn grad_mut(&mut self, unit: usize) -> &mut GradState {
         &mut self.units[unit].trained.as_mut().expect("only trainable units are reduced").grad
     }
+}
+
+/// The same for a processor. Without the empty ones: that which states a type lies on the host.
+fn pieces<'a>(parts: &[Part<'a>]) -> Vec<Piece<'a>> {
+    let pieces = parts.iter().filter(|part| part.numel() > 0).map(|part| match part {
+        Part::Data(data) => Piece::Data(*data),
+        Part::Zeros(numel) => Piece::Zeros(*numel),
+    });
+    pieces.collect()
 }
 
 /// The flat unit as a list of gradients, gaps and padding.

@@ -5,12 +5,15 @@
 //! all ranks. Other groups are used from the caller's thread: few and small exchanges, which it needs at once.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
-use shardwise_device::{Buffer, Slice, SliceMut};
+use shardwise_device::cuda::Stream;
+use shardwise_device::{Buffer, DeviceError, Slice, SliceMut};
 
+use crate::unit::Down;
 use crate::{Groups, Overlap, ZeroError};
 
 pub(crate) struct Lane {
@@ -26,6 +29,8 @@ pub(crate) struct Lane {
 pub(crate) enum Pending<T> {
     Ready(T),
     UnderWay(Work<T>),
+    /// As `UnderWay`, of work that is not communication alone.
+    Mixed(Work<Result<T, ZeroError>>),
 }
 
 impl<T> Pending<T> {
@@ -33,6 +38,7 @@ impl<T> Pending<T> {
         match self {
             Pending::Ready(value) => Ok(value),
             Pending::UnderWay(work) => Ok(work.wait()?),
+            Pending::Mixed(work) => work.wait()?,
         }
     }
 }
@@ -105,6 +111,59 @@ impl Lane {
             let numel = shard.numel() * group.group_size();
             group.all_gather(shard.view(), full.view_mut().into_range(0..numel))?;
             Ok((shard, full))
+        })
+    }
+
+    /// Copies `shard` up to its place `own` in `full`, and gathers the first `padded` elements there where there are other ranks.
+    pub fn gather_up(
+        &self,
+        shard: Buffer,
+        mut full: Buffer,
+        own: Range<usize>,
+        padded: usize,
+        copies: &Arc<Stream>,
+    ) -> Result<Pending<(Buffer, Buffer)>, ZeroError> {
+        let copies = copies.clone();
+        self.start_mixed(move |group| {
+            copies.copy(shard.view(), full.view_mut().into_range(own)).map_err(DeviceError::from)?;
+            if group.group_size() > 1 {
+                group.all_gather_in_place(full.view_mut().into_range(0..padded))?;
+            }
+            Ok((shard, full))
+        })
+    }
+
+    /// Reduce-scatters `down.sent` into `down.summed` if there are other ranks, and copies what comes of it to `down.told`.
+    pub fn reduce_down(&self, mut down: Down, copies: &Arc<Stream>) -> Result<Pending<Down>, ZeroError> {
+        let copies = copies.clone();
+        self.start_mixed(move |group| {
+            if let Some(summed) = &mut down.summed {
+                let parts = [shardwise_comm::Part::Data(down.sent.view())];
+                group.reduce_scatter(&parts, summed.view_mut())?;
+            }
+            let from = down.summed.as_ref().unwrap_or(&down.sent);
+            copies.copy(from.view(), down.told.view_mut()).map_err(DeviceError::from)?;
+            Ok(down)
+        })
+    }
+
+    /// [`Lane::start`] for what may fail otherwise too. Such a failure is this rank's alone: the others are told.
+    fn start_mixed<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn ProcessGroup) -> Result<T, ZeroError> + Send + 'static,
+    ) -> Result<Pending<T>, ZeroError> {
+        let call = move |group: &dyn ProcessGroup| {
+            let result = call(group);
+            if let Err(error) = &result
+                && !matches!(error, ZeroError::Comm(_))
+            {
+                group.poison(&error.to_string());
+            }
+            result
+        };
+        Ok(match &self.queue {
+            None => Pending::Ready(self.timed(&self.groups.data, call)?),
+            Some(queue) => Pending::Mixed(queue.submit(move |group| Ok(call(group)))),
         })
     }
 

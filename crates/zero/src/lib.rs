@@ -23,6 +23,8 @@
 //! In fp32 the compute copy is the master copy. In fp16 the caller starts each backward pass with
 //! [`Zero::loss_scale`] as the gradient of the loss; [`LossScaler`] says how that scale moves.
 //!
+//! State lies on the host, on a GPU, or on both ([`Offload`]); its place changes no bit.
+//!
 //! On a mesh a rank holds some layers, cut ([`Zero::on_mesh`]): state is sharded over its data group, while norm and decision are over the
 //! world ([`Groups`]), where each element counts once ([`Placement`]).
 //!
@@ -44,6 +46,7 @@ mod reduction;
 mod report;
 mod scaler;
 mod state;
+mod tiers;
 mod unit;
 mod update;
 mod zero;
@@ -62,4 +65,5 @@ pub use scaler::{
 };
 pub use shardwise_kernels::optimizer::{BiasCorrection, Direction};
 pub use state::{PARAM, StateSlice};
+pub use tiers::{Offload, Tier};
 pub use zero::{Fill, Zero};

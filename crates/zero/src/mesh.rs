@@ -112,9 +112,10 @@ impl Zero {
         let owned = owned.clone();
         self.settle(unit)?;
         let Zero { units, lane, .. } = self;
-        let grad = match &mut units[unit].trained.as_mut().expect("checked above").grad {
-            GradState::Full(full) => full.view_mut().into_range(owned),
-            GradState::Shard(shard) => shard.view_mut(),
+        let trained = units[unit].trained.as_mut().expect("checked above");
+        let grad = match (&mut trained.offloaded, &mut trained.grad) {
+            (Some(grad), _) | (None, GradState::Shard(grad)) => grad.view_mut(),
+            (None, GradState::Full(full)) => full.view_mut().into_range(owned),
             _ => unreachable!("settled"),
         };
         lane.beside(group, |group| group.all_reduce(grad))

@@ -7,14 +7,16 @@
 
 use std::mem::replace;
 
-use shardwise_device::DType;
-use shardwise_kernels::{convert, norm};
+use shardwise_device::{Buffer, DType};
 
 use crate::algorithm::{Algorithm, not_negative};
 use crate::lane::sum_of;
-use crate::unit::{GradState, Unit};
+use crate::unit::{GradState, Trained, Unit};
 use crate::update::Update;
 use crate::{StepReport, Zero, ZeroError};
+
+/// A gradient in 16 bits while another is in its place: `Trained::grad` and `Trained::offloaded`.
+type NarrowGradient = (GradState, Option<Buffer>);
 
 /// Keeps a vanishing norm from being divided by.
 const NORM_EPS: f64 = 1e-6;
@@ -87,54 +89,53 @@ impl Zero {
     }
 
     /// Puts an fp32 copy of the owned gradient in the place of one that is kept in 16 bits: the update reads fp32.
-    fn widen_gradient(&mut self, unit: usize) -> Result<Option<GradState>, ZeroError> {
-        let threads = self.threads();
-        let Unit { owned, trained: Some(trained), .. } = &mut self.units[unit] else { return Ok(None) };
+    fn widen_gradient(&mut self, unit: usize) -> Result<Option<NarrowGradient>, ZeroError> {
+        let Zero { units, tiers, pool, host_pool, .. } = self;
+        let Unit { owned, trained: Some(trained), .. } = &mut units[unit] else { return Ok(None) };
         if self.reduction.sums == DType::F32 {
             return Ok(None);
         }
-        let mut wide = self.pool.take(DType::F32, owned.len())?;
-        let narrow = match &trained.grad {
-            GradState::Full(full) => full.view().range(owned.clone()),
-            GradState::Shard(shard) => shard.view(),
-            _ => unreachable!("the norm settled every gradient"),
-        };
-        convert::scale_on(threads, narrow, 1.0, wide.view_mut());
-        Ok(Some(replace(&mut trained.grad, GradState::Shard(wide))))
+        let mut wide = host_pool.as_mut().unwrap_or(pool).take(DType::F32, owned.len())?;
+        let narrow = trained.settled_gradient(owned, owned.clone());
+        tiers.stepper.scale(narrow, 1.0, wide.view_mut())?;
+        let Trained { grad, offloaded, .. } = trained;
+        Ok(Some((replace(grad, GradState::Shard(wide)), offloaded.take())))
     }
 
     /// Puts back what [`Zero::widen_gradient`] took away.
-    fn narrow_gradient(&mut self, unit: usize, narrow: Option<GradState>) {
-        if let (Some(narrow), Some(trained)) = (narrow, &mut self.units[unit].trained)
-            && let GradState::Shard(wide) = replace(&mut trained.grad, narrow)
-        {
-            self.pool.give_back(wide);
+    fn narrow_gradient(&mut self, unit: usize, narrow: Option<NarrowGradient>) {
+        if let (Some((narrow, offloaded)), Some(trained)) = (narrow, &mut self.units[unit].trained) {
+            trained.offloaded = offloaded;
+            if let GradState::Shard(wide) = replace(&mut trained.grad, narrow) {
+                self.step_pool().give_back(wide);
+            }
         }
     }
 
     /// This rank's part of the squared norm: its shard of every unit, in every stage, as far as it speaks for it.
     fn owned_sum_of_squares(&mut self) -> Result<f64, ZeroError> {
-        let mut total = 0.0;
         for unit in 0..self.units.len() {
-            if self.units[unit].trained.is_none() {
-                continue;
+            if self.units[unit].trained.is_some() {
+                self.settle(unit)?;
+                self.take_turn(unit)?;
             }
-            self.settle(unit)?;
-            self.take_turn(unit)?;
-            let unit = &self.units[unit];
-            let grad = self.owned_gradient(unit).expect("checked above");
+        }
+        let mut counted = Vec::new();
+        for unit in self.units.iter().filter(|unit| unit.trained.is_some()) {
+            let grad = self.owned_gradient(unit).expect("it is trained");
             let is_counted = |slot: usize| self.speaks_for(&unit.layout.slots[slot].param.name);
             if (0..unit.layout.slots.len()).all(is_counted) {
-                total += norm::sum_of_squares_of(self.threads(), grad);
+                counted.push(grad);
                 continue;
             }
             for fragment in unit.layout.fragments(unit.layout.shard_range(self.group_rank)) {
                 if is_counted(fragment.slot) {
-                    total += norm::sum_of_squares_of(self.threads(), grad.range(fragment.local_range));
+                    counted.push(grad.range(fragment.local_range));
                 }
             }
         }
-        Ok(total)
+        // A GPU is waited for once.
+        Ok(self.tiers.stepper.sums_of_squares(&counted)?.into_iter().fold(0.0, |total, sum| total + sum))
     }
 
     /// Checks that all micro-batches of the unit were reduced, and begins to count anew.

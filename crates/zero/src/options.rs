@@ -1,11 +1,17 @@
 //! What a caller chooses.
 
+use std::sync::Arc;
+
 use shardwise_device::DType;
 use shardwise_kernels::Threads;
+use shardwise_kernels::processor::GpuProcessor;
 pub use shardwise_plan::Overlap;
 use shardwise_plan::ZeroStage;
 
-use crate::{DynamicLossScale, LossScaling, Optimizer, ParamGroup, Predivide, ReductionOptions, ZeroError};
+use crate::{
+    DynamicLossScale, LossScaling, Offload, Optimizer, ParamGroup, Predivide, ReductionOptions, Tier,
+    ZeroError,
+};
 
 /// Options of [`crate::Zero`].
 #[derive(Debug, Clone)]
@@ -26,8 +32,12 @@ pub struct ZeroOptions {
     pub states: StatePrecision,
     /// Whether collectives run beside the computation.
     pub overlap: Overlap,
-    /// Threads for arithmetic on buffers.
+    /// Threads of the host, for arithmetic on buffers.
     pub threads: Threads,
+    /// The GPU that has the model, if it is not the host; its stream is the one on which the model computes.
+    pub gpu: Option<Arc<GpuProcessor>>,
+    /// What is kept on the host all the same.
+    pub offload: Offload,
     /// The loss scale, for `F16`; without one it is 1.
     pub loss_scaling: Option<LossScaling>,
     /// What becomes of a step whose gradient is not finite.
@@ -68,6 +78,8 @@ impl ZeroOptions {
             states: StatePrecision::F32,
             overlap: Overlap::Inline,
             threads: Threads::ONE,
+            gpu: None,
+            offload: Offload::default(),
             loss_scaling: None,
             on_non_finite: OnNonFinite::default(),
             reduction: ReductionOptions::default(),
@@ -118,7 +130,24 @@ impl ZeroOptions {
         if self.states != StatePrecision::F32 && !is_element_wise {
             return wrong("states", "bf16".to_owned(), "`f32` for this optimizer");
         }
+        self.check_tiers()?;
         self.check_loss_scaling()
+    }
+
+    fn check_tiers(&self) -> Result<(), ZeroError> {
+        let wrong = |option, got: &str, expected| {
+            Err(ZeroError::WrongOption { option, got: got.to_owned(), expected })
+        };
+        let Offload { optimizer, params } = self.offload;
+        if params == Tier::Host && !self.stage.shards_parameters() {
+            return wrong("offload.params", "host", "`device`, unless `stage` is 3");
+        }
+        let looks_at_params = matches!(self.optimizer, Optimizer::Lamb(_) | Optimizer::Muon(_));
+        if self.gpu.is_some() && looks_at_params && optimizer == Tier::Device {
+            let expected = "`host` for LAMB and Muon, which have no kernels for GPUs";
+            return wrong("offload.optimizer", "device", expected);
+        }
+        Ok(())
     }
 
     fn check_loss_scaling(&self) -> Result<(), ZeroError> {

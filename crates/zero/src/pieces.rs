@@ -6,12 +6,14 @@
 
 use std::ops::Range;
 
-use shardwise_device::{Buffer, DType, DeviceError, Place};
+use shardwise_device::{Buffer, DType};
 use shardwise_kernels::optimizer::SquaredNorms;
 use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage};
 
 use crate::algorithm::{Settings, not_negative};
+use crate::tiers::Tiers;
+use crate::zero::FILL_NUMEL;
 use crate::{StatePrecision, ZeroError, ZeroOptions};
 
 /// Parameters that are trained otherwise than the rest.
@@ -73,7 +75,12 @@ impl ZeroOptions {
     }
 
     /// The pieces of the owned range, in order. Element-wise ones take gaps and padding with them, which are zero and stay so.
-    pub(crate) fn pieces(&self, layout: &UnitLayout, owned: Range<usize>) -> Result<Vec<Piece>, DeviceError> {
+    pub(crate) fn pieces(
+        &self,
+        layout: &UnitLayout,
+        owned: Range<usize>,
+        tiers: &Tiers,
+    ) -> Result<Vec<Piece>, ZeroError> {
         let mut pieces: Vec<(Range<usize>, Settings, usize, usize)> = Vec::new();
         for shard in shards(self.stage, layout, &owned) {
             let shard_range = layout.shard_range(shard);
@@ -108,21 +115,22 @@ impl ZeroOptions {
             }
         }
         let pieces = pieces.into_iter().map(|(range, settings, slot, shard)| {
-            let states = self.states(&settings, range.len())?;
+            let states = self.states(&settings, range.len(), tiers)?;
             Ok(Piece { range, settings, slot, shard, states, norms: SquaredNorms::default() })
         });
         pieces.collect()
     }
 
-    fn states(&self, settings: &Settings, numel: usize) -> Result<Vec<State>, DeviceError> {
+    fn states(&self, settings: &Settings, numel: usize, tiers: &Tiers) -> Result<Vec<State>, ZeroError> {
         let names = settings.algorithm.state_names().iter();
         let states = names.map(|&name| {
-            let mut values = Buffer::zeroed(self.states.dtype(), numel, Place::Cpu)?;
+            let mut values = Buffer::allocate(self.states.dtype(), numel, &tiers.state_memory())?;
             let first = settings.algorithm.first_value();
             if first != 0.0 {
-                match self.states {
-                    StatePrecision::F32 => values.typed_mut::<f32>()?.fill(first),
-                    StatePrecision::Bf16 { .. } => values.typed_mut()?.fill(half::bf16::from_f32(first)),
+                let some = vec![first; FILL_NUMEL.min(numel)];
+                for start in (0..numel).step_by(FILL_NUMEL) {
+                    let count = FILL_NUMEL.min(numel - start);
+                    tiers.store(&some[..count], values.view_mut().into_range(start..start + count))?;
                 }
             }
             Ok(State { name, values })

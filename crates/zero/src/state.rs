@@ -6,11 +6,11 @@
 
 use std::ops::Range;
 
-use shardwise_device::DType;
+use shardwise_device::{DType, Place};
 use shardwise_plan::ParamSpec;
 
+use crate::tiers::{Shown, Tiers};
 use crate::unit::{Trained, Unit};
-use crate::zero::narrow;
 use crate::{Zero, ZeroError};
 
 /// The name of the weights among the states.
@@ -46,8 +46,9 @@ impl Zero {
         for unit in 0..self.units.len() {
             let shard = self.units[unit].layout.shard_range(self.group_rank);
             self.units[unit].visit(
-                unit,
+                (unit, &self.tiers),
                 shard,
+                Shown::ToRead,
                 &mut |StateSlice { unit, param, param_range, name, dtype, bytes }| {
                     visit(StateSlice { unit, param, param_range, name, dtype, bytes: &*bytes })
                 },
@@ -78,9 +79,10 @@ impl Zero {
             }
             let owned = self.units[unit].owned.clone();
             if outcome.is_ok() {
-                outcome = self.units[unit].visit(unit, owned, &mut visit);
+                let at = (unit, &self.tiers);
+                outcome = self.units[unit].visit(at, owned, Shown::ToWrite, &mut visit);
             }
-            self.units[unit].refresh_copy()?;
+            self.refresh_copy(unit)?;
             self.complete(unit)?;
         }
         self.num_steps = num_steps;
@@ -92,8 +94,9 @@ impl Unit {
     /// Visits the state of `range`, which lies in the owned range.
     fn visit<E: From<ZeroError>>(
         &mut self,
-        index: usize,
+        (index, tiers): (usize, &Tiers),
         range: Range<usize>,
+        shown: Shown,
         visit: &mut impl FnMut(StateSlice<'_, &mut [u8]>) -> Result<(), E>,
     ) -> Result<(), E> {
         let Unit { layout, owned, params, trained } = self;
@@ -115,7 +118,7 @@ impl Unit {
                 None => copy.range_mut(local.clone()),
             };
             let told = slice(PARAM, weights.dtype(), fragment.param_range.clone());
-            visit(told.with(weights.bytes()))?;
+            tiers.show(weights, shown, |bytes| visit(told.with(bytes)))?;
             for piece in trained.iter_mut().flat_map(|trained| &mut trained.pieces) {
                 let (start, end) = (piece.range.start.max(local.start), piece.range.end.min(local.end));
                 if start >= end {
@@ -126,23 +129,31 @@ impl Unit {
                 for state in &mut piece.states {
                     let told = slice(state.name, state.values.dtype(), part.clone());
                     let at = start - piece.range.start..end - piece.range.start;
-                    visit(told.with(state.values.view_mut().into_range(at).bytes()))?;
+                    let values = state.values.view_mut().into_range(at);
+                    tiers.show(values, shown, |bytes| visit(told.with(bytes)))?;
                 }
             }
         }
         Ok(())
     }
+}
 
+impl Zero {
     /// Rounds the master weights into the compute copy, where they are apart.
-    fn refresh_copy(&mut self) -> Result<(), ZeroError> {
-        let copy = self.params.owned_copy(&self.layout.name, self.owned.clone())?;
-        if let Some(Trained { master, num_reduced, .. }) = &mut self.trained {
-            *num_reduced = 0;
-            if let Some(master) = master {
-                narrow(master.typed()?, copy)?;
+    fn refresh_copy(&mut self, unit: usize) -> Result<(), ZeroError> {
+        let Zero { units, tiers, .. } = self;
+        let Unit { layout, owned, params, trained, .. } = &mut units[unit];
+        let copy = params.owned_copy(&layout.name, owned.clone())?;
+        let Some(Trained { master, num_reduced, .. }) = trained else { return Ok(()) };
+        *num_reduced = 0;
+        match master {
+            Some(master) if master.place() == copy.place() => {
+                let processor = if master.place() == Place::Cpu { &tiers.stepper } else { &tiers.device };
+                Ok(processor.scale(master.view(), 1.0, copy)?)
             }
+            Some(master) => tiers.store(master.typed()?, copy),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use shardwise_comm::Work;
-use shardwise_device::Buffer;
+use shardwise_device::{Buffer, Slice};
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
@@ -25,11 +24,11 @@ pub(crate) enum ParamState {
     /// The whole copy is here, always (stages 0 to 2).
     Resident(Buffer),
     /// The whole copy is being completed after a step (stages 1 and 2).
-    Completing(Work<Buffer>),
+    Completing(Pending<Buffer>),
     /// Only the shard is here (stage 3).
     Sharded { shard: Buffer },
     /// The shard is on loan to an all-gather.
-    Gathering(Work<(Buffer, Buffer)>),
+    Gathering(Pending<(Buffer, Buffer)>),
     /// The whole copy is here beside the shard.
     Gathered { shard: Buffer, full: Buffer },
     /// Between two of the others, within one call; or for ever, after an error ([`crate::ZeroError::Lost`]).
@@ -41,6 +40,9 @@ pub(crate) struct Trained {
     /// fp32 weights; `None` when the model computes in fp32, for then they are the compute copy.
     pub master: Option<Buffer>,
     pub grad: GradState,
+    /// The gradient that a step reads, where that is on the host and the model is not: of the owned range. `grad` then has what
+    /// is still on the GPU.
+    pub offloaded: Option<Buffer>,
     /// Micro-batches reduced since the last step.
     pub num_reduced: usize,
     /// The owned range, with the optimizer's states.
@@ -58,8 +60,29 @@ pub(crate) enum GradState {
     ReducingFull(Pending<Buffer>),
     /// On its way: the shard, as the input of a reduce-scatter and its output in fp32.
     ReducingShard { work: Pending<(Buffer, Buffer)>, landing: Landing },
+    /// On its way to the host, to be taken into [`Trained::offloaded`].
+    ToHost { work: Pending<Down>, fold: Fold },
+    /// On the host.
+    OnHost,
     /// As [`ParamState::Moving`].
     Moving,
+}
+
+/// What a reduced shard does to what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fold {
+    Set,
+    Add,
+}
+
+/// A gradient on its way to the host, with the memory that it came by.
+pub(crate) struct Down {
+    /// One micro-batch's, whole, on the GPU.
+    pub sent: Buffer,
+    /// The sum over ranks of this rank's shard, on the GPU, if there are several.
+    pub summed: Option<Buffer>,
+    /// What goes in, in pinned memory: whoever reads it waits for the copy.
+    pub told: Buffer,
 }
 
 /// Where a reduced shard goes. An input that nobody wants goes back to the pool.
@@ -99,15 +122,28 @@ impl Unit {
             params,
             master_params: trained.master.as_ref().map_or(0, Buffer::num_bytes),
             optimizer: states.map(|state| state.values.num_bytes()).sum(),
-            grads: match &trained.grad {
-                GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
-                GradState::ReducingFull(_) => all * grad_bytes,
-                GradState::ReducingShard { .. } if stage.keeps_whole_gradients(grad_accum_steps) => {
-                    all * grad_bytes
-                }
-                GradState::ReducingShard { .. } => shard * grad_bytes,
-                GradState::Moving => 0,
-            },
+            grads: trained.offloaded.as_ref().map_or(0, Buffer::num_bytes)
+                + match &trained.grad {
+                    GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
+                    GradState::ReducingFull(_) => all * grad_bytes,
+                    GradState::ReducingShard { .. } if stage.keeps_whole_gradients(grad_accum_steps) => {
+                        all * grad_bytes
+                    }
+                    GradState::ReducingShard { .. } => shard * grad_bytes,
+                    GradState::ToHost { .. } | GradState::OnHost | GradState::Moving => 0,
+                },
+        }
+    }
+}
+
+impl Trained {
+    /// The settled gradient of `range`, a part of the unit that this rank owns (`owned`).
+    pub fn settled_gradient(&self, owned: &Range<usize>, range: Range<usize>) -> Slice<'_> {
+        let local = range.start - owned.start..range.end - owned.start;
+        match (&self.offloaded, &self.grad) {
+            (Some(grad), _) | (None, GradState::Shard(grad)) => grad.view().range(local),
+            (None, GradState::Full(full)) => full.view().range(range),
+            _ => unreachable!("settled before it is looked at"),
         }
     }
 }

@@ -12,17 +12,20 @@
 //! parameter, one exchange more sums over them.
 
 use std::mem::replace;
+use std::ops::Range;
 
 use half::{bf16, f16};
-use shardwise_device::{Buffer, DType, DeviceError, SliceMut};
-use shardwise_kernels::Threads;
+use shardwise_device::{Buffer, DType, DeviceError, Place, Slice, SliceMut};
 use shardwise_kernels::optimizer::{
     Adagrad, Adam, ComputeCopy, Lamb, Lion, Muon, Noise, Sgd, SquaredNorms, States, Tensors, orthogonalize_on,
 };
+use shardwise_kernels::processor::StepSlices;
+use shardwise_kernels::{Processor, Threads};
 
 use crate::algorithm::Algorithm;
 use crate::lane::{Pending, sum_of};
 use crate::pieces::{Piece, State};
+use crate::tiers::Tiers;
 use crate::unit::{GradState, ParamState, Trained, Unit};
 use crate::{Optimizer, StatePrecision, Zero, ZeroError};
 
@@ -45,39 +48,43 @@ impl Zero {
             return Ok(());
         }
         let directions = self.muon_directions(unit, update)?;
-        let Unit { layout, owned, params, trained: Some(trained), .. } = &mut self.units[unit] else {
+        let states = self.options.states;
+        let Zero { units, tiers, .. } = self;
+        let Unit { layout, owned, params, trained: Some(trained), .. } = &mut units[unit] else {
             unreachable!("checked above")
         };
-        let Trained { master, grad, pieces, .. } = trained;
-        let grad = match grad {
-            GradState::Full(full) => &full.typed::<f32>()?[owned.clone()],
-            GradState::Shard(shard) => shard.typed::<f32>()?,
-            _ => unreachable!("the norm settled every gradient"),
-        };
-        let mut copy = params.owned_copy(&layout.name, owned.clone())?;
-        for piece in pieces {
-            let range = piece.range.clone();
-            let noise = match self.options.states {
+        let stepper = tiers.stepper.clone();
+        let mut target = Target::new(tiers, params.owned_copy(&layout.name, owned.clone())?, trained)?;
+        for i in 0..trained.pieces.len() {
+            let range = trained.pieces[i].range.clone();
+            let slot = &layout.slots[trained.pieces[i].slot];
+            let noise = match states {
                 StatePrecision::F32 => None,
                 StatePrecision::Bf16 { seed } => {
                     // By parameter: units of replicas may differ.
-                    let slot = &layout.slots[piece.slot];
                     let first = owned.start + range.start - slot.offset;
                     Some(Noise::new(seed, &slot.param.name, update.step, first as u64))
                 }
             };
-            let (master, copy) = master_and_copy(master, copy.range_mut(range.clone()), range.clone())?;
+            let at = owned.start + range.start..owned.start + range.end;
+            let Trained { master, grad, offloaded, pieces, .. } = &mut *trained;
+            let piece = &mut pieces[i];
             let grad = match (piece.settings.algorithm, &directions) {
-                (Algorithm::Muon { .. }, Some(directions)) => {
-                    &directions.typed::<f32>()?[owned.start + range.start..owned.start + range.end]
-                }
-                _ => &grad[range],
+                (Algorithm::Muon { .. }, Some(directions)) => directions.view().range(at),
+                _ => settled_gradient(offloaded, grad, owned, at),
             };
-            let shape = &layout.slots[piece.slot].param.shape;
-            piece.take_gradient(update, noise, shape, grad, master, copy);
+            let (master, compute) = target.master_and_copy(master, range);
+            piece.take_gradient(
+                &stepper,
+                update,
+                noise,
+                &slot.param.shape,
+                Moved { grad, master, compute },
+            )?;
         }
+        target.finish(trained)?;
         if let Some(directions) = directions {
-            self.pool.give_back(directions);
+            self.step_pool().give_back(directions);
         }
         match self.options.optimizer {
             Optimizer::Lamb(_) => Ok(()),
@@ -90,16 +97,17 @@ impl Zero {
         let Optimizer::Lamb(_) = self.options.optimizer else { return Ok(()) };
         let norms = self.lamb_norms()?;
         for (index, norms) in norms.iter().enumerate() {
-            let Unit { layout, owned, params, trained: Some(trained), .. } = &mut self.units[index] else {
+            let Zero { units, tiers, .. } = &mut *self;
+            let Unit { layout, owned, params, trained: Some(trained), .. } = &mut units[index] else {
                 continue;
             };
-            let mut copy = params.owned_copy(&layout.name, owned.clone())?;
-            for piece in &trained.pieces {
-                let range = piece.range.clone();
-                let copy = copy.range_mut(range.clone());
-                let (master, copy) = master_and_copy(&mut trained.master, copy, range)?;
+            let mut target = Target::new(tiers, params.owned_copy(&layout.name, owned.clone())?, trained)?;
+            let Trained { master, pieces, .. } = &mut *trained;
+            for piece in pieces {
+                let (master, copy) = target.master_and_copy(master, piece.range.clone());
                 piece.apply_lamb(update, norms[piece.slot], master, copy)?;
             }
+            target.finish(trained)?;
             self.complete(index)?;
         }
         Ok(())
@@ -142,7 +150,8 @@ impl Zero {
 
     /// The orthogonal directions of a unit's matrices, where this rank owns a part of them; nothing if it has no matrices.
     fn muon_directions(&mut self, unit: usize, update: Update) -> Result<Option<Buffer>, ZeroError> {
-        let Zero { units, options, pool, lane, .. } = self;
+        let Zero { units, options, pool, host_pool, lane, .. } = self;
+        let pool = host_pool.as_mut().unwrap_or(pool);
         let Unit { layout, owned, trained: Some(trained), .. } = &mut units[unit] else { return Ok(None) };
         let is_matrix = |slot: &shardwise_plan::layout::ParamSlot| {
             matches!(options.settings(&slot.param).algorithm, Algorithm::Muon { .. })
@@ -151,15 +160,12 @@ impl Zero {
         if !layout.slots.iter().any(is_matrix) {
             return Ok(None);
         }
-        let grad = match &trained.grad {
-            GradState::Full(full) => &full.typed::<f32>()?[owned.clone()],
-            GradState::Shard(shard) => shard.typed::<f32>()?,
-            _ => unreachable!("the norm settled every gradient"),
-        };
+        let Trained { grad, offloaded, pieces, .. } = &mut *trained;
+        let grad = settled_gradient(offloaded, grad, owned, owned.clone()).typed::<f32>()?;
         let mut full = pool.take(DType::F32, owned.len())?;
         let values = full.typed_mut::<f32>()?;
         values.fill(0.0);
-        for piece in &mut trained.pieces {
+        for piece in pieces {
             let range = piece.range.clone();
             piece.take_momentum(update, &grad[range.clone()], &mut values[range])?;
         }
@@ -192,7 +198,7 @@ impl Zero {
             ParamState::Resident(full) => {
                 *params = match self.lane.all_gather_in_place(full)? {
                     Pending::Ready(full) => ParamState::Resident(full),
-                    Pending::UnderWay(work) => ParamState::Completing(work),
+                    under_way => ParamState::Completing(under_way),
                 };
             }
             // Stage 3 gathers what is new at the next use; a copy gathered before the update is old.
@@ -215,61 +221,56 @@ impl Piece {
     /// is the direction.
     fn take_gradient(
         &mut self,
+        stepper: &Processor,
         update: Update,
         noise: Option<Noise>,
         shape: &[usize],
-        grad: &[f32],
-        master: &mut [f32],
-        compute: ComputeCopy<'_>,
-    ) {
+        moved: Moved<'_>,
+    ) -> Result<(), ZeroError> {
         let (lr, weight_decay) = (self.lr(update), self.settings.weight_decay);
         let Update { grad_scale, step, threads, .. } = update;
-        let states = &mut self.states;
         match self.settings.algorithm {
             Algorithm::Adam(adam, decay) => {
                 let (beta1, beta2, eps) = (adam.beta1, adam.beta2, adam.eps);
                 let bias_correction = adam.bias_correction;
                 let adam = Adam { lr, beta1, beta2, eps, weight_decay, decay, bias_correction, step };
-                let tensors = Tensors { grad, master, states: states_of(states, noise), compute };
-                adam.step_on(threads, grad_scale, tensors);
+                stepper.adam(&adam, grad_scale, moved.with(&mut self.states, noise))?;
             }
             Algorithm::Sgd(sgd) => {
                 let (momentum, dampening, direction) = (sgd.momentum, sgd.dampening, sgd.direction);
                 let sgd = Sgd { lr, momentum, dampening, weight_decay, direction, step };
-                match states.is_empty() {
-                    true => {
-                        let tensors = Tensors { grad, master, states: States::F32([]), compute };
-                        sgd.plain_step_on(threads, grad_scale, tensors);
-                    }
-                    false => {
-                        let tensors = Tensors { grad, master, states: states_of(states, noise), compute };
-                        sgd.step_on(threads, grad_scale, tensors);
-                    }
+                match self.states.is_empty() {
+                    true => stepper.plain_sgd(&sgd, grad_scale, moved.with(&mut self.states, None))?,
+                    false => stepper.sgd(&sgd, grad_scale, moved.with(&mut self.states, noise))?,
                 }
             }
             Algorithm::Adagrad(adagrad) => {
                 let (lr_decay, eps) = (adagrad.lr_decay, adagrad.eps);
-                let tensors = Tensors { grad, master, states: states_of(states, noise), compute };
-                Adagrad { lr, lr_decay, eps, weight_decay, step }.step_on(threads, grad_scale, tensors);
+                let adagrad = Adagrad { lr, lr_decay, eps, weight_decay, step };
+                stepper.adagrad(&adagrad, grad_scale, moved.with(&mut self.states, noise))?;
             }
             Algorithm::Lion(lion) => {
                 let (beta1, beta2) = (lion.beta1, lion.beta2);
-                let tensors = Tensors { grad, master, states: states_of(states, noise), compute };
-                Lion { lr, beta1, beta2, weight_decay }.step_on(threads, grad_scale, tensors);
+                let lion = Lion { lr, beta1, beta2, weight_decay };
+                stepper.lion(&lion, grad_scale, moved.with(&mut self.states, noise))?;
             }
             Algorithm::Lamb(_) => {
-                let States::F32([m, v]) = states_of(&mut self.states, None) else {
-                    unreachable!("the options refuse other states")
-                };
+                let [m, v] = &mut self.states[..] else { unreachable!("LAMB has two states") };
                 let lamb = lamb(self.settings.algorithm, lr, weight_decay, step);
+                let (grad, master) = (moved.grad.typed()?, moved.master.typed::<f32>()?);
+                let (m, v) = (m.values.typed_mut()?, v.values.typed_mut()?);
                 self.norms = lamb.moments_on(threads, grad_scale, grad, master, m, v);
             }
             Algorithm::Muon { momentum, direction, .. } => {
                 let muon = Muon { lr, momentum, direction, weight_decay };
-                let tensors = Tensors { grad, master, states: States::F32([]), compute };
+                let Moved { grad, master, compute } = moved;
+                let (grad, master) = (grad.typed()?, master.typed()?);
+                let tensors =
+                    Tensors { grad, master, states: States::F32([]), compute: compute_copy(compute)? };
                 muon.apply_on(threads, [shape[0], shape[1]], tensors);
             }
         }
+        Ok(())
     }
 
     /// Muon's first pass; nothing for others.
@@ -287,13 +288,13 @@ impl Piece {
         &self,
         update: Update,
         norms: SquaredNorms,
-        master: &mut [f32],
-        compute: ComputeCopy<'_>,
+        master: SliceMut<'_>,
+        compute: Option<SliceMut<'_>>,
     ) -> Result<(), DeviceError> {
         let (lr, weight_decay) = (self.lr(update), self.settings.weight_decay);
         let lamb = lamb(self.settings.algorithm, lr, weight_decay, update.step);
         let (m, v) = (self.states[0].values.typed()?, self.states[1].values.typed()?);
-        lamb.apply_on(update.threads, norms, master, m, v, compute);
+        lamb.apply_on(update.threads, norms, master.typed()?, m, v, compute_copy(compute)?);
         Ok(())
     }
 }
@@ -313,30 +314,107 @@ fn lamb(algorithm: Algorithm, lr: f64, weight_decay: f64, step: u64) -> Lamb {
     }
 }
 
-/// The states of an algorithm that has `K` of them, as kernels take them.
-fn states_of<const K: usize>(states: &mut [State], noise: Option<Noise>) -> States<'_, K> {
-    const TYPED: &str = "states have the type of the options";
-    let states: &mut [State; K] = states.try_into().expect("an algorithm's own states");
-    match noise {
-        None => States::F32(states.each_mut().map(|state| state.values.typed_mut().expect(TYPED))),
-        Some(noise) => {
-            States::Bf16(states.each_mut().map(|state| state.values.typed_mut().expect(TYPED)), noise)
+/// What a step reads and moves of one piece.
+struct Moved<'a> {
+    grad: Slice<'a>,
+    master: SliceMut<'a>,
+    /// Where the 16-bit copy goes, if there is one.
+    compute: Option<SliceMut<'a>>,
+}
+
+impl<'a> Moved<'a> {
+    fn with<const K: usize>(self, states: &'a mut [State], noise: Option<Noise>) -> StepSlices<'a, K> {
+        let states: &mut [State; K] = states.try_into().expect("an algorithm's own states");
+        let Moved { grad, master, compute } = self;
+        StepSlices {
+            grad,
+            master,
+            states: states.each_mut().map(|state| state.values.view_mut()),
+            noise,
+            compute,
         }
     }
 }
 
-/// The fp32 parameters of `range`, and where their 16-bit copy goes. In fp32 the copy is the parameters.
-fn master_and_copy<'a>(
-    master: &'a mut Option<Buffer>,
+fn compute_copy(copy: Option<SliceMut<'_>>) -> Result<ComputeCopy<'_>, DeviceError> {
+    Ok(match copy {
+        None => ComputeCopy::None,
+        Some(copy) if copy.dtype() == DType::F16 => ComputeCopy::F16(copy.typed::<f16>()?),
+        Some(copy) => ComputeCopy::Bf16(copy.typed::<bf16>()?),
+    })
+}
+
+/// As [`Trained::settled_gradient`], beside other borrows of the same state.
+fn settled_gradient<'a>(
+    offloaded: &'a Option<Buffer>,
+    grad: &'a GradState,
+    owned: &Range<usize>,
+    range: Range<usize>,
+) -> Slice<'a> {
+    let local = range.start - owned.start..range.end - owned.start;
+    match (offloaded, grad) {
+        (Some(grad), _) | (None, GradState::Shard(grad)) => grad.view().range(local),
+        (None, GradState::Full(full)) => full.view().range(range),
+        _ => unreachable!("the norm settled every gradient"),
+    }
+}
+
+/// Where a unit's new parameters go: to their place in the compute copy, or by pinned memory up to it.
+struct Target<'a> {
+    tiers: &'a mut Tiers,
+    /// The owned range of the compute copy.
     copy: SliceMut<'a>,
-    range: std::ops::Range<usize>,
-) -> Result<(&'a mut [f32], ComputeCopy<'a>), DeviceError> {
-    let Some(master) = master else { return Ok((copy.typed()?, ComputeCopy::None)) };
-    let copy = match copy.dtype() {
-        DType::F16 => ComputeCopy::F16(copy.typed::<f16>()?),
-        _ => ComputeCopy::Bf16(copy.typed::<bf16>()?),
-    };
-    Ok((&mut master.typed_mut()?[range], copy))
+    /// The same in pinned memory, where the step is the host's and the copy is not there.
+    upload: Option<Buffer>,
+    goes_up: bool,
+}
+
+impl<'a> Target<'a> {
+    fn new(tiers: &'a mut Tiers, copy: SliceMut<'a>, trained: &Trained) -> Result<Self, ZeroError> {
+        let goes_up = tiers.offloads_optimizer().is_some() && copy.place() != Place::Cpu;
+        // In fp32 the master weights themselves go up.
+        let upload = match goes_up && copy.dtype() != DType::F32 {
+            true => Some(tiers.take_upload(copy.dtype(), copy.numel())?),
+            false => None,
+        };
+        debug_assert!(trained.master.is_some() || copy.dtype() == DType::F32);
+        Ok(Target { tiers, copy, upload, goes_up })
+    }
+
+    /// The fp32 parameters of `range`, and where their 16-bit copy goes. Without master weights the copy is the parameters.
+    fn master_and_copy<'b>(
+        &'b mut self,
+        master: &'b mut Option<Buffer>,
+        range: Range<usize>,
+    ) -> (SliceMut<'b>, Option<SliceMut<'b>>) {
+        let Some(master) = master else { return (self.copy.range_mut(range), None) };
+        let copy = match &mut self.upload {
+            Some(upload) => Some(upload.view_mut().into_range(range.clone())),
+            None if self.goes_up => None,
+            // Master weights of an fp32 model whose parameters and optimizer are both on the host.
+            None => Some(self.copy.range_mut(range.clone())),
+        };
+        (master.view_mut().into_range(range), copy)
+    }
+
+    /// Sends the new parameters up, behind which the next unit is updated.
+    fn finish(self, trained: &Trained) -> Result<(), ZeroError> {
+        let Target { tiers, copy, upload, goes_up } = self;
+        if !goes_up {
+            return Ok(());
+        }
+        let copies = tiers.offloads_optimizer().expect("it goes up").clone();
+        let numel = copy.numel();
+        match (upload, &trained.master) {
+            (Some(upload), _) => {
+                copies.copy(upload.view().range(0..numel), copy).map_err(DeviceError::from)?;
+                tiers.keep_upload(upload);
+            }
+            (None, Some(master)) => copies.copy(master.view(), copy).map_err(DeviceError::from)?,
+            (None, None) => {}
+        }
+        Ok(())
+    }
 }
 
 impl ParamState {

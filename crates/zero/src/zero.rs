@@ -7,13 +7,15 @@ use std::ptr::NonNull;
 
 use half::{bf16, f16};
 use shardwise_comm::Group;
+use shardwise_device::cuda::Access;
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats, SliceMut};
-use shardwise_kernels::{Threads, cast};
+use shardwise_kernels::{Processor, Threads, cast};
 use shardwise_plan::{Overlap, ParamSpec, UnitLayout, ZeroStage};
 
 use crate::lane::{Lane, Pending};
 use crate::reduction::Reduction;
 use crate::scaler::LossScaler;
+use crate::tiers::Tiers;
 use crate::unit::{GradState, ParamState, Trained, Unit};
 use crate::{Groups, LossScalerState, LossScaling, Optimizer, Placement, StateBytes, ZeroError, ZeroOptions};
 
@@ -22,7 +24,7 @@ pub type Fill<'a> = dyn FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<()
     + 'a;
 
 /// Elements filled at a time, so that birth needs no second copy of anything.
-const FILL_NUMEL: usize = 1 << 20;
+pub(crate) const FILL_NUMEL: usize = 1 << 20;
 
 /// All model state of one rank.
 pub struct Zero {
@@ -32,7 +34,11 @@ pub struct Zero {
     /// In the data group.
     pub(crate) group_rank: usize,
     pub(crate) units: Vec<Unit>,
+    pub(crate) tiers: Tiers,
+    /// Of the memory that has the model.
     pub(crate) pool: BufferPool,
+    /// Of the memory that has the optimizer's state, where that is another.
+    pub(crate) host_pool: Option<BufferPool>,
     /// Units whose gradients are on the side thread, oldest first.
     pub(crate) reducing: VecDeque<usize>,
     /// Elements of the largest unit: every gather buffer has room for it, so that any two are alike.
@@ -95,6 +101,12 @@ impl Zero {
             1 => ZeroOptions { stage: ZeroStage::Zero, overlap: Overlap::Inline, ..options },
             _ => options,
         };
+        let tiers = Tiers::new(&options)?;
+        if tiers.offloads_optimizer().is_some() && group_size > 1 && !options.stage.shards_optimizer() {
+            let (option, got) = ("offload.optimizer", "host".to_owned());
+            let expected = "`device` in stage 0 on several ranks: each would step all of the model";
+            return Err(ZeroError::WrongOption { option, got, expected });
+        }
         let lane = Lane::new(groups, options.overlap)?;
         let gather_numel = layouts.iter().map(|layout| layout.padded_numel).max().unwrap_or(0);
         let mut zero = Zero {
@@ -110,7 +122,9 @@ impl Zero {
             placement,
             group_rank,
             units: Vec::with_capacity(layouts.len()),
-            pool: BufferPool::new(Place::Cpu),
+            pool: BufferPool::of(tiers.device.memory()),
+            host_pool: tiers.offloads_optimizer().map(|_| BufferPool::of(tiers.state_memory())),
+            tiers,
             reducing: VecDeque::new(),
             gather_numel,
             num_steps: 0,
@@ -125,11 +139,16 @@ impl Zero {
     fn new_unit(&self, layout: UnitLayout, fill: &mut Fill<'_>) -> Result<Unit, ZeroError> {
         let (stage, compute) = (self.options.stage, self.options.compute);
         let owned = Unit::owned_range(&layout, stage, self.group_rank);
-        let zeros = |dtype, numel| Buffer::zeroed(dtype, numel, Place::Cpu);
+        let (tiers, offloads) = (&self.tiers, self.tiers.offloads_optimizer().is_some());
+        let on_device = |dtype, numel| Buffer::allocate(dtype, numel, &tiers.device.memory());
+        let of_state = |dtype, numel| Buffer::allocate(dtype, numel, &tiers.state_memory());
         let held = if stage.shards_parameters() { owned.clone() } else { 0..layout.padded_numel };
-        let mut copy = zeros(compute, held.len())?;
-        let needs_master = layout.trainable && compute != DType::F32;
-        let mut master = needs_master.then(|| zeros(DType::F32, owned.len())).transpose()?;
+        let mut copy = match self.gathers() {
+            true => Buffer::allocate(compute, held.len(), &tiers.shard_memory())?,
+            false => on_device(compute, held.len())?,
+        };
+        let needs_master = layout.trainable && (compute != DType::F32 || offloads);
+        let mut master = needs_master.then(|| of_state(DType::F32, owned.len())).transpose()?;
         let mut scratch = vec![0f32; FILL_NUMEL.min(owned.len())];
         for fragment in layout.fragments(owned.clone()) {
             let param = &layout.slots[fragment.slot].param;
@@ -142,14 +161,14 @@ impl Zero {
                     .map_err(|source| ZeroError::Fill { param: param.name.clone(), source })?;
                 let at = fragment.local_range.start + done;
                 if let Some(master) = &mut master {
-                    master.typed_mut::<f32>()?[at..at + count].copy_from_slice(values);
+                    tiers.store(values, master.view_mut().into_range(at..at + count))?;
                 }
                 let at = at + owned.start - held.start;
-                narrow(values, copy.view_mut().into_range(at..at + count))?;
+                tiers.store(values, copy.view_mut().into_range(at..at + count))?;
                 done += count;
             }
         }
-        let params = if stage.shards_parameters() {
+        let params = if self.gathers() {
             ParamState::Sharded { shard: copy }
         } else if stage.shards_optimizer() {
             ParamState::Resident(self.lane.all_gather_in_place(copy)?.wait()?)
@@ -158,14 +177,18 @@ impl Zero {
         };
         let trained = if layout.trainable {
             let full = stage.keeps_whole_gradients(self.options.grad_accum_steps);
+            let sums = self.reduction.sums;
+            let offloaded = offloads.then(|| of_state(sums, owned.len())).transpose()?;
             Some(Trained {
                 master,
                 grad: match full {
-                    true => GradState::Full(zeros(self.reduction.sums, layout.padded_numel)?),
-                    false => GradState::Shard(zeros(self.reduction.sums, layout.shard_numel())?),
+                    _ if offloads => GradState::OnHost,
+                    true => GradState::Full(on_device(sums, layout.padded_numel)?),
+                    false => GradState::Shard(on_device(sums, layout.shard_numel())?),
                 },
+                offloaded,
                 num_reduced: 0,
-                pieces: self.options.pieces(&layout, owned.clone())?,
+                pieces: self.options.pieces(&layout, owned.clone(), tiers)?,
             })
         } else {
             None
@@ -229,6 +252,39 @@ impl Zero {
         }
     }
 
+    /// Whether units are gathered before they are used, and released after: in stage 3, and where parameters are kept on the host.
+    pub fn gathers(&self) -> bool {
+        self.options.stage.shards_parameters() || self.tiers.offloads_params().is_some()
+    }
+
+    /// Where compute copies are, and gradients have to be.
+    pub fn compute_place(&self) -> Place {
+        self.tiers.device.memory().place()
+    }
+
+    /// To be called before the gathered copy of a unit is used by work that nobody logs, on the stream of [`ZeroOptions::gpu`]: that work
+    /// waits for the copy to be there. Nothing on the host.
+    ///
+    /// # Errors
+    /// What a GPU says.
+    pub fn begin_use(&self, unit: usize) -> Result<(), ZeroError> {
+        if let Processor::Gpu(gpu) = &self.tiers.device {
+            gpu.stream().wait_for(self.full_copy(unit), Access::Read).map_err(DeviceError::from)?;
+        }
+        Ok(())
+    }
+
+    /// To be called after [`Zero::begin_use`] and that work, before the unit is released: whoever writes there waits for it.
+    ///
+    /// # Errors
+    /// What a GPU says.
+    pub fn end_use(&self, unit: usize) -> Result<(), ZeroError> {
+        if let Processor::Gpu(gpu) = &self.tiers.device {
+            gpu.stream().note(self.full_copy(unit), Access::Read).map_err(DeviceError::from)?;
+        }
+        Ok(())
+    }
+
     /// Starts to make the unit's compute copy whole, where that can run beside the computation.
     ///
     /// # Collective
@@ -236,7 +292,9 @@ impl Zero {
     /// # Errors
     /// A failed collective or allocation.
     pub fn prefetch(&mut self, unit: usize) -> Result<(), ZeroError> {
-        if self.lane.is_inline() { Ok(()) } else { self.start_gather(unit) }
+        // A single rank copies its parameters up, beside the computation.
+        let is_copied_up = self.group().group_size() == 1 && self.tiers.offloads_params().is_some();
+        if self.lane.is_inline() && !is_copied_up { Ok(()) } else { self.start_gather(unit) }
     }
 
     fn start_gather(&mut self, unit: usize) -> Result<(), ZeroError> {
@@ -248,9 +306,14 @@ impl Zero {
         let ParamState::Sharded { shard } = replace(state, ParamState::Moving) else {
             unreachable!("checked above")
         };
-        *state = match self.lane.all_gather(shard, full)? {
+        let (owned, padded) = (self.units[unit].owned.clone(), self.units[unit].layout.padded_numel);
+        let gathering = match self.tiers.offloads_params() {
+            Some(copies) => self.lane.gather_up(shard, full, owned, padded, copies)?,
+            None => self.lane.all_gather(shard, full)?,
+        };
+        self.units[unit].params = match gathering {
             Pending::Ready((shard, full)) => ParamState::Gathered { shard, full },
-            Pending::UnderWay(work) => ParamState::Gathering(work),
+            under_way => ParamState::Gathering(under_way),
         };
         Ok(())
     }

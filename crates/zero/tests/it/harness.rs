@@ -6,12 +6,10 @@ use std::ops::Range;
 use half::{bf16, f16};
 use shardwise_comm::{Group, thread};
 use shardwise_device::{Buffer, DType, Place, Slice};
-use shardwise_kernels::Threads;
 use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{Init, ParamSpec, UnitLayout, ZeroStage};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, OnNonFinite, Optimizer, Overlap, ParamGroup, ReductionOptions,
-    StatePrecision, StepOutcome, StepReport, Zero, ZeroOptions,
+    AdamOptions, BiasCorrection, Optimizer, ParamGroup, StepOutcome, StepReport, Zero, ZeroOptions,
 };
 
 pub const LR: f64 = 0.01;
@@ -75,20 +73,7 @@ impl Model {
 }
 
 pub fn options(stage: ZeroStage, compute: DType) -> ZeroOptions {
-    ZeroOptions {
-        stage,
-        compute,
-        grad_accum_steps: 1,
-        clip_grad_norm: None,
-        optimizer: Optimizer::AdamW(ADAM),
-        groups: vec![],
-        states: StatePrecision::F32,
-        overlap: Overlap::Inline,
-        threads: Threads::ONE,
-        loss_scaling: None,
-        on_non_finite: OnNonFinite::default(),
-        reduction: ReductionOptions::default(),
-    }
+    ZeroOptions { compute, ..ZeroOptions::new(stage, Optimizer::AdamW(ADAM)) }
 }
 
 pub fn mix(mut x: u64) -> u64 {

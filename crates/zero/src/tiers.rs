@@ -1,0 +1,156 @@
+//! Where model state lies, and who computes on it.
+//!
+//! ```text
+//!                           on the host   on a GPU      ZeRO-Offload on a GPU
+//! compute copy              host          GPU           GPU; of `params`: shards pinned, copied up when gathered
+//! gradient as it is made    host          GPU           GPU, on its way down
+//! gradient of a step,
+//! master weights, moments   host          GPU           pinned: the step is the host's
+//! ```
+//!
+//! Offloaded, a gradient is copied down while backward goes on, and a step's new parameters are copied up while the next unit is
+//! updated. Both processors compute the same bits, so where state lies does not show.
+
+use std::sync::Arc;
+
+use shardwise_device::cuda::{Priority, Stream};
+use shardwise_device::{Buffer, DType, DeviceError, Memory, Place, SliceMut};
+use shardwise_kernels::Processor;
+
+use crate::zero::narrow;
+use crate::{ZeroError, ZeroOptions};
+
+/// Where a kind of state is kept on a rank with a GPU. On others the host has everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tier {
+    /// In the GPU's memory.
+    #[default]
+    Device,
+    /// In pinned host memory.
+    Host,
+}
+
+/// What a rank with a GPU keeps on the host.
+///
+/// # Source
+/// ZeRO-Offload (arXiv:2101.06840).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offload {
+    /// Master weights, optimizer states and the gradient that a step reads. The host computes the step.
+    pub optimizer: Tier,
+    /// Shards of the compute copy, in stage 3: units are copied up when they are gathered.
+    pub params: Tier,
+}
+
+/// Whether what was shown was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shown {
+    ToRead,
+    ToWrite,
+}
+
+pub(crate) struct Tiers {
+    /// Computes on compute copies and on gradients as they come.
+    pub device: Processor,
+    /// Computes on the state of the optimizer.
+    pub stepper: Processor,
+    /// Copies between the two, where they are apart.
+    copies: Option<Arc<Stream>>,
+    /// Where shards of the compute copy lie.
+    params: Tier,
+    /// Where the next parameters are written before they are copied up: while one is on its way, the other is written.
+    uploads: [Option<Buffer>; 2],
+}
+
+impl Tiers {
+    pub fn new(options: &ZeroOptions) -> Result<Self, ZeroError> {
+        let host = Processor::Host(options.threads);
+        let Some(gpu) = &options.gpu else {
+            let (device, params) = (host.clone(), Tier::Device);
+            return Ok(Tiers { device, stepper: host, copies: None, params, uploads: [None, None] });
+        };
+        let Offload { optimizer, params } = options.offload;
+        let device = Processor::Gpu(gpu.clone());
+        let stepper = match optimizer {
+            Tier::Device => device.clone(),
+            Tier::Host => host,
+        };
+        let copies = Some(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?));
+        Ok(Tiers { device, stepper, copies, params, uploads: [None, None] })
+    }
+
+    /// The stream of copies to and from the host, if what `apart` says is apart.
+    fn stream(&self, apart: bool) -> Option<&Arc<Stream>> {
+        self.copies.as_ref().filter(|_| apart)
+    }
+
+    /// The stream on which gradients go down and parameters up, if the host computes the steps of a GPU's model.
+    pub fn offloads_optimizer(&self) -> Option<&Arc<Stream>> {
+        self.stream(matches!(self.stepper, Processor::Host(_)))
+    }
+
+    /// The stream on which shards of parameters go up, if they are kept on the host.
+    pub fn offloads_params(&self) -> Option<&Arc<Stream>> {
+        self.stream(self.params == Tier::Host)
+    }
+
+    /// Where the optimizer's state lies.
+    pub fn state_memory(&self) -> Memory {
+        match self.offloads_optimizer() {
+            Some(_) => self.device.staging_memory(),
+            None => self.device.memory(),
+        }
+    }
+
+    /// Where shards of parameters lie.
+    pub fn shard_memory(&self) -> Memory {
+        match self.offloads_params() {
+            Some(_) => self.device.staging_memory(),
+            None => self.device.memory(),
+        }
+    }
+
+    /// Writes fp32 values, rounded to the type of `into`, wherever that is.
+    pub fn store(&self, values: &[f32], into: SliceMut<'_>) -> Result<(), ZeroError> {
+        if into.place() == Place::Cpu {
+            return Ok(narrow(values, into)?);
+        }
+        let mut rounded = Buffer::zeroed(into.dtype(), values.len(), Place::Cpu)?;
+        narrow(values, rounded.view_mut())?;
+        Ok(self.device.copy(rounded.view(), into)?)
+    }
+
+    /// Calls `visit` with the bytes of `slice`, on the host.
+    pub fn show<E: From<ZeroError>>(
+        &self,
+        mut slice: SliceMut<'_>,
+        shown: Shown,
+        visit: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if slice.place() == Place::Cpu {
+            return visit(slice.host_bytes().map_err(ZeroError::from)?);
+        }
+        let mut copy = Buffer::zeroed(slice.dtype(), slice.numel(), Place::Cpu).map_err(ZeroError::from)?;
+        self.device.copy(slice.as_slice(), copy.view_mut()).map_err(ZeroError::from)?;
+        visit(copy.view_mut().bytes())?;
+        if shown == Shown::ToWrite {
+            self.device.copy(copy.view(), slice.reborrow()).map_err(ZeroError::from)?;
+        }
+        Ok(())
+    }
+
+    /// Memory for `numel` new parameters on their way up. What was written there the time before last is up, or is waited for when
+    /// this is written.
+    pub fn take_upload(&mut self, dtype: DType, numel: usize) -> Result<Buffer, ZeroError> {
+        self.uploads.rotate_left(1);
+        match self.uploads[0].take() {
+            Some(buffer) if buffer.numel() >= numel && buffer.dtype() == dtype => Ok(buffer),
+            _ => Ok(Buffer::allocate(dtype, numel, &self.device.staging_memory())?),
+        }
+    }
+
+    /// Takes back what [`Tiers::take_upload`] gave.
+    pub fn keep_upload(&mut self, buffer: Buffer) {
+        self.uploads[0] = Some(buffer);
+    }
+}
