@@ -14,14 +14,13 @@ use serde_json::{Value, json};
 use shardwise_comm::solo;
 use shardwise_device::DType;
 use shardwise_engine::{Batch, Engine, EngineOptions, RandomInit};
-use shardwise_kernels::Threads;
 use shardwise_models::build;
 use shardwise_plan::pipeline::StageCut;
 use shardwise_plan::run::{RunPlan, RunShape};
 use shardwise_plan::zoo::{ModelConfig, SequenceParallel};
 use shardwise_plan::{ActivationPolicy, ActivationRules, Mesh, NamePattern, Overlap, ZeroStage};
 use shardwise_torch::{Device, Kind, Tensor, memory, set_num_threads};
-use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, StatePrecision, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, ZeroOptions};
 
 /// Relative error that a prediction may have.
 const TOLERANCE: f64 = 0.15;
@@ -79,24 +78,17 @@ fn measure(case: &Case) -> (f64, f64, f64) {
     let planned = plan.memory().activations + plan.memory().layer_grads + plan.memory().temporaries;
 
     let zero = ZeroOptions {
-        stage: ZeroStage::Zero,
         compute: case.compute,
-        grad_accum_steps: 1,
-        clip_grad_norm: None,
-        optimizer: Optimizer::AdamW(AdamOptions {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            bias_correction: BiasCorrection::On,
-        }),
-        groups: vec![],
-        states: StatePrecision::F32,
-        overlap: Overlap::Inline,
-        threads: Threads::ONE,
-        loss_scaling: None,
-        on_non_finite: Default::default(),
-        reduction: Default::default(),
+        ..ZeroOptions::new(
+            ZeroStage::Zero,
+            Optimizer::AdamW(AdamOptions {
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                bias_correction: BiasCorrection::On,
+            }),
+        )
     };
     let activations = case.activations.clone();
     let options = EngineOptions { activations, seed: 1, ..EngineOptions::new(zero) };

@@ -9,8 +9,8 @@ use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::ModelConfig;
 use shardwise_zero::{
     AdagradOptions, AdamOptions, BiasCorrection, Direction, DynamicLossScale, GradientOp, HysteresisRefill,
-    LambOptions, LionOptions, LossScaling, MuonOptions, OnNonFinite, Optimizer, ParamGroup, Predivide,
-    ReductionOptions, SgdOptions, StatePrecision, ZeroOptions,
+    LambOptions, LionOptions, LossScaling, MuonOptions, Offload, OnNonFinite, Optimizer, ParamGroup,
+    Predivide, ReductionOptions, SgdOptions, StatePrecision, ZeroOptions,
 };
 
 use crate::failure::Failure;
@@ -36,6 +36,8 @@ pub fn engine_options(
             },
             overlap: run.overlap(num_cores(), threads.get()),
             threads,
+            gpu: None,
+            offload: Offload::default(),
             loss_scaling: run.loss_scaling.map(loss_scaling).transpose()?,
             on_non_finite: match (run.non_finite_grads, run.train.max_consecutive_skips) {
                 (config::NonFiniteGrads::Apply, _) => OnNonFinite::Apply,

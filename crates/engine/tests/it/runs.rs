@@ -3,13 +3,11 @@
 use shardwise_comm::{Group, thread};
 use shardwise_device::DType;
 use shardwise_engine::{Batch, BoxError, Engine, EngineError, EngineOptions, Layer, RandomInit};
-use shardwise_kernels::Threads;
 use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{ActivationRules, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, ParamGroup, StatePrecision, StepOutcome,
-    ZeroOptions,
+    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, ParamGroup, StepOutcome, ZeroOptions,
 };
 
 use crate::layers::{Gradients, VOCAB, dropping_model, model};
@@ -143,24 +141,18 @@ pub fn no_decay(patterns: &[String]) -> ParamGroup {
 
 pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
     let zero = ZeroOptions {
-        stage,
         compute,
-        grad_accum_steps: 1,
-        clip_grad_norm: None,
-        optimizer: Optimizer::AdamW(AdamOptions {
-            beta1: 0.9,
-            beta2: 0.99,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            bias_correction: BiasCorrection::On,
-        }),
-        groups: vec![],
-        states: StatePrecision::F32,
-        overlap: Overlap::Inline,
-        threads: Threads::ONE,
         loss_scaling: (compute == DType::F16).then_some(LossScaling::Static(1024.0)),
-        on_non_finite: Default::default(),
-        reduction: Default::default(),
+        ..ZeroOptions::new(
+            stage,
+            Optimizer::AdamW(AdamOptions {
+                beta1: 0.9,
+                beta2: 0.99,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                bias_correction: BiasCorrection::On,
+            }),
+        )
     };
     EngineOptions { seed: 5, ..EngineOptions::new(zero) }
 }

@@ -1,6 +1,6 @@
 //! A GPU's stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
@@ -98,13 +98,15 @@ impl GpuProcessor {
         if let Some(kernel) = loaded.kernels.get(&entry) {
             return Ok(kernel.clone());
         }
-        if !loaded.modules.contains_key(&entry.source) {
-            let code = self.code.of(entry.source)?;
-            // SAFETY: what a compiler made, as `new` was promised.
-            let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
-            loaded.modules.insert(entry.source, module);
-        }
-        let kernel = loaded.modules[&entry.source].kernel(entry.name)?;
+        let kernel = match loaded.modules.entry(entry.source) {
+            hash_map::Entry::Occupied(module) => module.get().kernel(entry.name)?,
+            hash_map::Entry::Vacant(place) => {
+                let code = self.code.of(entry.source)?;
+                // SAFETY: what a compiler made, as `new` was promised.
+                let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
+                place.insert(module).kernel(entry.name)?
+            }
+        };
         loaded.kernels.insert(entry, kernel.clone());
         Ok(kernel)
     }

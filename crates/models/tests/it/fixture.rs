@@ -7,11 +7,10 @@ use shardwise_checkpoint::HfReader;
 use shardwise_comm::Group;
 use shardwise_device::DType;
 use shardwise_engine::{Engine, EngineOptions};
-use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, build, read_config};
 use shardwise_plan::ZeroStage;
 use shardwise_torch::{Kind, Tensor, set_num_threads};
-use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, ZeroOptions};
 
 /// Grouped queries; tied and in two files; biases, a head width of its own and Llama 3's rotary scaling; GPT-2; GPT-2
 /// with the names of a bare decoder.
@@ -56,24 +55,18 @@ impl Golden {
 
 pub fn options(stage: ZeroStage, compute: DType) -> EngineOptions {
     let zero = ZeroOptions {
-        stage,
         compute,
-        grad_accum_steps: 1,
         clip_grad_norm: Some(1.0),
-        optimizer: Optimizer::AdamW(AdamOptions {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            bias_correction: BiasCorrection::On,
-        }),
-        groups: vec![],
-        states: StatePrecision::F32,
-        overlap: Overlap::Inline,
-        threads: Threads::ONE,
-        loss_scaling: None,
-        on_non_finite: Default::default(),
-        reduction: Default::default(),
+        ..ZeroOptions::new(
+            stage,
+            Optimizer::AdamW(AdamOptions {
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                bias_correction: BiasCorrection::On,
+            }),
+        )
     };
     EngineOptions { seed: 5, ..EngineOptions::new(zero) }
 }

@@ -4,11 +4,10 @@ use shardwise_comm::thread;
 use shardwise_data::{BatchShape, Loader, Order, TokenDType, TokenFile};
 use shardwise_device::DType;
 use shardwise_engine::{Batch, BoxError, Engine, EngineOptions};
-use shardwise_kernels::Threads;
 use shardwise_models::{HfSource, build, read_config, save_hf};
 use shardwise_plan::ZeroStage;
 use shardwise_torch::{Tensor, set_num_threads};
-use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, Overlap, StatePrecision, ZeroOptions};
+use shardwise_zero::{AdamOptions, BiasCorrection, Optimizer, ZeroOptions};
 
 use crate::case::{Case, Curve, fixture, read_json};
 use crate::ranks::Ranks;
@@ -32,24 +31,19 @@ fn as_threads(case: Case) -> (Curve, Vec<u8>) {
     let hyper = read_json(&fixture("case.json"));
     let number = |key: &str| hyper[key].as_f64().unwrap();
     let options = EngineOptions::new(ZeroOptions {
-        stage: ZeroStage::ALL[case.stage],
         compute: if case.bf16 { DType::Bf16 } else { DType::F32 },
         grad_accum_steps: case.accum,
         clip_grad_norm: Some(number("clip")),
-        optimizer: Optimizer::AdamW(AdamOptions {
-            beta1: hyper["betas"][0].as_f64().unwrap(),
-            beta2: hyper["betas"][1].as_f64().unwrap(),
-            eps: number("eps"),
-            weight_decay: number("weight_decay"),
-            bias_correction: BiasCorrection::On,
-        }),
-        groups: vec![],
-        states: StatePrecision::F32,
-        overlap: Overlap::Inline,
-        threads: Threads::ONE,
-        loss_scaling: None,
-        on_non_finite: Default::default(),
-        reduction: Default::default(),
+        ..ZeroOptions::new(
+            ZeroStage::ALL[case.stage],
+            Optimizer::AdamW(AdamOptions {
+                beta1: hyper["betas"][0].as_f64().unwrap(),
+                beta2: hyper["betas"][1].as_f64().unwrap(),
+                eps: number("eps"),
+                weight_decay: number("weight_decay"),
+                bias_correction: BiasCorrection::On,
+            }),
+        )
     });
     let shape = BatchShape {
         seq_len: hyper["seq_len"].as_u64().unwrap() as usize,
