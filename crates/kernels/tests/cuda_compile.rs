@@ -6,20 +6,22 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use shardwise_fake_gpu::FakeGpu;
 use shardwise_kernels::cuda::{
-    Arch, CudaKernelError, Header, KernelCache, Nvrtc, Origin, Program, Search, Source, entry_points,
+    Arch, CompiledCode, CudaKernelError, Header, KernelCache, Nvrtc, Origin, Program, Search, Source, entry_points,
 };
+use shardwise_kernels::processor::MachineCode;
 
 /// T4, A100, 3090, 4090 and L40, H100.
 const ARCHS: [Arch; 5] =
     [Arch::new(7, 5), Arch::new(8, 0), Arch::new(8, 6), Arch::new(8, 9), Arch::new(9, 0)];
 
 /// NVRTC where `SHARDWISE_NVRTC` says, beside libtorch, or where `scripts/setup_nvrtc.sh` puts it. A machine without it fails.
-fn nvrtc() -> &'static Nvrtc {
-    static NVRTC: OnceLock<Nvrtc> = OnceLock::new();
+fn nvrtc() -> &'static Arc<Nvrtc> {
+    static NVRTC: OnceLock<Arc<Nvrtc>> = OnceLock::new();
     NVRTC.get_or_init(|| {
         let variable = |name| std::env::var_os(name).map(PathBuf::from);
         let beside_libtorch = variable("LIBTORCH");
@@ -29,7 +31,7 @@ fn nvrtc() -> &'static Nvrtc {
         let mut problem = None;
         for libtorch in beside_libtorch.into_iter().chain(in_venv).map(Some).chain([None]) {
             match Nvrtc::load(&Search { given: variable("SHARDWISE_NVRTC"), libtorch }) {
-                Ok(nvrtc) => return nvrtc,
+                Ok(nvrtc) => return Arc::new(nvrtc),
                 Err(error) => problem = problem.or(Some(error)),
             }
         }
@@ -149,6 +151,31 @@ fn machine_code_is_kept_and_damaged_code_is_compiled_again() {
     // Without its folder the code still comes, and the caller learns that it was not kept.
     fs::remove_dir_all(folder.path().join("kernels")).unwrap();
     assert!(matches!(get(&SMALL, ARCHS[0]).origin, Origin::NotKept(_)));
+}
+
+#[test]
+fn a_processor_gets_the_code_of_its_gpus_architecture() {
+    let fake = FakeGpu::lazy();
+    fake.set_device(0, "Fake T4", (7, 5), 16 << 30);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kernels");
+    let cache = KernelCache::open(&path).unwrap();
+    let code = CompiledCode::for_gpu(Arc::clone(nvrtc()), cache.clone(), &fake.gpu()).unwrap();
+    assert_eq!(code.arch(), Arch::new(7, 5));
+    let cubin = code.of(Source::Swiglu).unwrap();
+    assert_eq!(cubin, nvrtc().compile(&Source::Swiglu.program(), Arch::new(7, 5)).unwrap().cubin);
+    let kept = fs::read_dir(&path).unwrap().next().unwrap().unwrap().file_name();
+    assert!(kept.to_string_lossy().starts_with("swiglu-sm_75-"), "{kept:?}");
+    assert!(code.take_not_kept().is_none());
+
+    // A folder that is gone is no failure, but is told.
+    fs::remove_dir_all(&path).unwrap();
+    assert_eq!(code.of(Source::Swiglu).unwrap(), cubin);
+    assert!(code.take_not_kept().is_some());
+    assert!(code.take_not_kept().is_none(), "once");
+
+    let error = CompiledCode::new(Arc::clone(nvrtc()), cache, Arch::new(7, 0)).unwrap_err();
+    assert!(matches!(error, CudaKernelError::UnsupportedArch { .. }), "{error}");
 }
 
 #[test]

@@ -17,14 +17,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::api::{self, Handle};
 use super::gpu::lock;
 use super::{CudaError, Gpu};
 
-/// From this many entries on, a log is searched for uses that are over.
+/// From this many entries on, a log is searched for uses that are over; then again when it has twice as many as were left.
 const LONG_LOG: usize = 32;
 
 /// What is done to memory.
@@ -106,6 +106,8 @@ struct Use {
 pub(crate) struct Uses {
     gpu: Gpu,
     log: Mutex<Vec<Use>>,
+    /// Entries from which on the log is searched next. Changed with the log locked.
+    long: AtomicUsize,
     abandoned: AtomicBool,
 }
 
@@ -125,7 +127,8 @@ pub(super) struct Touch<'a> {
 
 impl Uses {
     pub(super) fn new(gpu: &Gpu) -> Self {
-        Uses { gpu: gpu.clone(), log: Mutex::default(), abandoned: AtomicBool::new(false) }
+        let (long, abandoned) = (AtomicUsize::new(LONG_LOG), AtomicBool::new(false));
+        Uses { gpu: gpu.clone(), log: Mutex::default(), long, abandoned }
     }
 
     /// The GPU whose memory it is, or that pinned it.
@@ -162,8 +165,9 @@ impl Uses {
             let stands_for = access == Access::Write || (old.access == Access::Read && earlier);
             !(covered && after && stands_for)
         });
-        if log.len() >= LONG_LOG {
+        if log.len() >= self.long.load(Ordering::Relaxed) {
             log.retain(|old| !old.mark.is_over());
+            self.long.store(LONG_LOG.max(2 * log.len()), Ordering::Relaxed);
         }
         log.push(Use { range, access, mark: Arc::clone(mark) });
     }

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use shardwise_device::cuda::{Args, CudaError, Driver, DriverVersion, Grid, Timing};
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Memory, Slice};
-
-use crate::fake::{Eagerness, Fake, cubin, stream};
+use shardwise_fake_gpu::{Eagerness, FakeGpu, cubin, stream};
 
 const LAUNCH_FAILED: i32 = 719;
 const OUT_OF_MEMORY: i32 = 2;
@@ -19,7 +18,7 @@ fn what_is_missing_is_named() {
         error,
         "`libc.so.6` (CUDA unknown) has no symbol `cuDriverGetVersion`: is it NVIDIA's driver?"
     );
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_version(10020);
     let error = Driver::load(Some(fake.path())).unwrap_err().to_string();
     assert_eq!(error, "the driver supports CUDA 10.2, Shardwise needs 11.0: install a newer driver");
@@ -41,7 +40,7 @@ fn what_is_missing_is_named() {
 
 #[test]
 fn old_gpus_are_refused_and_turing_has_no_bf16() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(2);
     fake.set_device(0, "Tesla V100", (7, 0), 1 << 30);
     fake.set_device(1, "Tesla T4", (7, 5), 1 << 30);
@@ -57,7 +56,7 @@ fn old_gpus_are_refused_and_turing_has_no_bf16() {
 
 #[test]
 fn memory_that_runs_out_is_counted_in_the_error() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_device(0, "Small", (9, 0), 4000);
     fake.set_pinned_limit(1000);
     let gpu = fake.gpu();
@@ -72,7 +71,7 @@ fn memory_that_runs_out_is_counted_in_the_error() {
 
 #[test]
 fn a_pool_gives_up_what_waits_before_it_gives_up() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_device(0, "Small", (9, 0), 4000);
     fake.set_pinned_limit(4000);
     let gpu = fake.gpu();
@@ -93,7 +92,7 @@ fn a_pool_gives_up_what_waits_before_it_gives_up() {
 }
 
 /// A bit of everything, up to numbers on the host.
-fn sequence(fake: &Fake) -> Result<Vec<f32>, DeviceError> {
+fn sequence(fake: &FakeGpu) -> Result<Vec<f32>, DeviceError> {
     let driver = Driver::load(Some(fake.path()))?;
     let gpu = driver.open(0)?;
     gpu.memory_info()?;
@@ -128,7 +127,7 @@ fn a_failure_at_any_call_is_an_error_and_leaks_nothing() {
         ((2, Eagerness::Random), LAUNCH_FAILED),
         ((3, Eagerness::Lazy), OUT_OF_MEMORY),
     ] {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let before = fake.num_calls();
         let numbers = sequence(&fake).unwrap();
         assert_eq!((numbers[0], numbers[63]), (9.0, 1.0));
@@ -156,7 +155,7 @@ fn a_failure_at_any_call_is_an_error_and_leaks_nothing() {
 
 #[test]
 fn a_copy_that_waits_is_over_even_if_the_wait_fails() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let stream = stream(&gpu);
     let mut buffer = Buffer::allocate(DType::F32, 8, &Memory::Gpu(gpu.clone())).unwrap();
@@ -177,7 +176,7 @@ fn a_copy_that_waits_is_over_even_if_the_wait_fails() {
 
 #[test]
 fn errors_of_destructors_can_be_asked_for() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let work = stream(&gpu);
     // Its context is entered, then it is destroyed.

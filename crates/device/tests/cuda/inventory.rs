@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use shardwise_device::cuda::{Inventory, PeerLink};
-
-use crate::fake::Fake;
+use shardwise_fake_gpu::FakeGpu;
 
 #[test]
 fn a_machine_without_a_driver_has_an_inventory() {
@@ -16,7 +15,7 @@ fn a_machine_without_a_driver_has_an_inventory() {
 
 #[test]
 fn an_old_driver_is_shown_with_its_version() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_version(10010);
     let text = Inventory::take(Some(fake.path())).to_string();
     assert!(text.starts_with("driver  CUDA 10.1\nmissing the driver supports CUDA 10.1"), "{text}");
@@ -24,7 +23,7 @@ fn an_old_driver_is_shown_with_its_version() {
 
 #[test]
 fn gpus_and_links_are_listed() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(2);
     fake.set_device(0, "Fake H100", (9, 0), 80 << 30);
     fake.set_device(1, "Fake T4", (7, 5), 16 << 30);
@@ -44,7 +43,7 @@ fn gpus_and_links_are_listed() {
 
 #[test]
 fn a_gpu_that_cannot_be_used_is_listed_with_the_reason() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(2);
     fake.set_peers(false);
     fake.set_device(1, "Fake V100", (7, 0), 16 << 30);

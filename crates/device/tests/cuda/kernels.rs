@@ -1,9 +1,8 @@
 //! Kernels and their arguments.
 
-use shardwise_device::cuda::{Args, CudaError, Grid, Kernel, Stream};
+use shardwise_device::cuda::{Access, Args, CudaError, Grid, Kernel, Stream};
 use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
-
-use crate::fake::{ALL_WAYS, Fake, cubin, module, on_gpu, pinned, stream, values};
+use shardwise_fake_gpu::{ALL_WAYS, FakeGpu, cubin, module, on_gpu, pinned, stream, values};
 
 const GRID: Grid = Grid { blocks: [2, 1, 1], threads: [64, 1, 1], shared_bytes: 0 };
 
@@ -20,7 +19,7 @@ fn told(result: Result<(), CudaError>) -> String {
 #[test]
 fn arguments_arrive_as_they_are() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let stream = stream(&gpu);
         let module = module(&gpu, &["add", "fill", "scale_small"]);
@@ -47,7 +46,7 @@ fn arguments_arrive_as_they_are() {
 
 #[test]
 fn a_module_waits_for_its_kernels() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let stream = stream(&gpu);
     let mut out = on_gpu(&gpu, 4);
@@ -62,7 +61,7 @@ fn a_module_waits_for_its_kernels() {
 
 #[test]
 fn wrong_arguments_are_refused_before_they_reach_the_gpu() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(2);
     let driver = fake.driver();
     let (gpu, other) = (driver.open(0).unwrap(), driver.open(1).unwrap());
@@ -103,9 +102,86 @@ fn wrong_arguments_are_refused_before_they_reach_the_gpu() {
     assert!(error.contains("launch kernel `fill`"), "{error}");
 }
 
+/// What `sum_in_order`, a kernel of the tree, takes.
+#[repr(C)]
+struct SumInOrder {
+    terms: u64,
+    total: u64,
+    numel: u64,
+}
+
+fn structure<T>(structure: &T) -> Args<'_> {
+    // SAFETY: it is alive and as large as its type.
+    unsafe { Args::new().structure((&raw const *structure).cast(), size_of::<T>()) }
+}
+
+/// The address of a view, for a structure.
+fn address(view: Slice<'_>) -> u64 {
+    view.as_ptr().addr() as u64
+}
+
+#[test]
+fn a_structure_arrives_and_its_memory_is_in_use() {
+    for way in ALL_WAYS {
+        let fake = FakeGpu::new(way);
+        let gpu = fake.gpu();
+        let (upload, compute, download) = (stream(&gpu), stream(&gpu), stream(&gpu));
+        let sum = module(&gpu, &["sum_in_order"]).kernel("sum_in_order").unwrap();
+        let bytes = |memory| Buffer::allocate(DType::U8, 16 * 8, &memory).unwrap();
+        let mut terms = bytes(Memory::Pinned(gpu.clone()));
+        let numbers: Vec<u8> = (0..16).flat_map(|i| f64::from(i).to_ne_bytes()).collect();
+        terms.typed_mut::<u8>().unwrap().copy_from_slice(&numbers);
+        let (mut a, b) = (bytes(Memory::Gpu(gpu.clone())), bytes(Memory::Gpu(gpu.clone())));
+        upload.copy(terms.view(), a.view_mut()).unwrap();
+        let params = SumInOrder { terms: address(a.view()), total: address(b.view()) + 8, numel: 16 };
+        // It waits for the copy that it reads, and the next copies wait for it: by what is said of the structure alone.
+        let args = structure(&params).uses(a.view(), Access::Read).uses(b.view(), Access::Write);
+        launch(&compute, &sum, Grid::linear(1, 256), args).unwrap();
+        upload.fill(a.view_mut(), 0xff).unwrap();
+        let mut told = bytes(Memory::Pinned(gpu.clone()));
+        download.copy(b.view(), told.view_mut()).unwrap();
+        assert_eq!(told.typed::<u8>().unwrap()[8..16], 120f64.to_ne_bytes());
+        // Buffers that end wait for it too.
+        let args = structure(&params).uses(a.view(), Access::Read).uses(b.view(), Access::Write);
+        launch(&compute, &sum, Grid::linear(1, 256), args).unwrap();
+        drop((terms, a, b, told, upload, compute, download, sum, gpu));
+        fake.assert_clean();
+    }
+}
+
+#[test]
+fn a_structure_of_another_size_and_memory_out_of_reach_are_refused() {
+    let fake = FakeGpu::lazy();
+    fake.set_devices(2);
+    let driver = fake.driver();
+    let (gpu, other) = (driver.open(0).unwrap(), driver.open(1).unwrap());
+    let stream = stream(&gpu);
+    let sum = module(&gpu, &["sum_in_order"]).kernel("sum_in_order").unwrap();
+    let (here, there, host) = (on_gpu(&gpu, 4), on_gpu(&other, 4), [0f32; 4]);
+    let pinned = pinned(&gpu, &[0.0; 4]);
+    let nothing = SumInOrder { terms: 0, total: address(here.view()), numel: 0 };
+    let told = |args: Args<'_>| told(launch(&stream, &sum, Grid::linear(1, 32), args));
+    assert_eq!(
+        told(structure(&0u64).uses(here.view(), Access::Write)),
+        "kernel `sum_in_order` takes parameters of `[24]` bytes, got arguments of `[8]`"
+    );
+    assert!(told(structure(&nothing).value(1u64)).contains("got arguments of `[24, 8]`"));
+    assert_eq!(
+        told(structure(&nothing).uses(here.view(), Access::Write).uses(there.view(), Access::Read)),
+        "argument `0` of kernel `sum_in_order` is on `cuda:1`, the kernel runs on GPU `0`"
+    );
+    assert!(told(structure(&nothing).uses(Slice::of(&host), Access::Read)).contains("is on `cpu`"));
+    // SAFETY: a view without a log, of memory that lives longer than the launch.
+    let unlogged = unsafe { Slice::from_raw(here.as_ptr(), 4, DType::F32, here.place()) };
+    let args = structure(&nothing).uses(unlogged, Access::Write).uses(pinned.view(), Access::Read);
+    launch(&stream, &sum, Grid::linear(1, 32), args).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(values(&gpu, &here)[..2], [0.0; 2]);
+}
+
 #[test]
 fn shared_memory_beyond_the_default_has_to_be_allowed() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let stream = stream(&gpu);
     let fill = module(&gpu, &["fill"]).kernel("fill").unwrap();
@@ -123,7 +199,7 @@ fn shared_memory_beyond_the_default_has_to_be_allowed() {
 
 #[test]
 fn a_kernel_that_fails_is_reported_by_who_waits() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let stream = stream(&gpu);
     let module = module(&gpu, &["fail"]);
@@ -144,7 +220,7 @@ fn a_kernel_that_fails_is_reported_by_who_waits() {
 
 #[test]
 fn empty_views_are_null_and_touch_nothing() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let stream = stream(&gpu);
     let fill = module(&gpu, &["fill"]).kernel("fill").unwrap();

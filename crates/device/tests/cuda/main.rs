@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)] // a failed test may panic anywhere
 
 mod failures;
-mod fake;
 mod inventory;
 mod kernels;
 mod order;

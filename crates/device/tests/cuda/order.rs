@@ -2,13 +2,12 @@
 
 use shardwise_device::cuda::{Access, Timing};
 use shardwise_device::{Buffer, DType, Memory, Slice, SliceMut};
-
-use crate::fake::{ALL_WAYS, Fake, module, on_gpu, pinned, stream, values};
+use shardwise_fake_gpu::{ALL_WAYS, FakeGpu, module, on_gpu, pinned, stream, values};
 
 #[test]
 fn bytes_survive_the_way_there_and_back() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let streams = [stream(&gpu), stream(&gpu), stream(&gpu)];
         let numbers: Vec<f32> = (0..1000).map(|i| i as f32).collect();
@@ -28,7 +27,7 @@ fn bytes_survive_the_way_there_and_back() {
 #[test]
 fn new_memory_is_zero_on_every_stream() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let buffer = on_gpu(&gpu, 300);
         assert_eq!(values(&gpu, &buffer), [0.0; 300]);
@@ -40,7 +39,7 @@ fn new_memory_is_zero_on_every_stream() {
 #[test]
 fn readers_and_writers_take_turns_across_streams() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let add = module(&gpu, &["add"]).kernel("add").unwrap();
         let streams = [stream(&gpu), stream(&gpu), stream(&gpu), stream(&gpu)];
@@ -68,7 +67,7 @@ fn readers_and_writers_take_turns_across_streams() {
 #[test]
 fn a_buffer_that_ends_waits_for_the_streams_that_use_it() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let (upload, compute) = (stream(&gpu), stream(&gpu));
         let mut kept = on_gpu(&gpu, 50);
@@ -87,7 +86,7 @@ fn a_buffer_that_ends_waits_for_the_streams_that_use_it() {
 #[test]
 fn a_stream_that_ends_leaves_its_work_in_order() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let mut a = on_gpu(&gpu, 10);
         let mut b = on_gpu(&gpu, 10);
@@ -106,7 +105,7 @@ fn a_stream_that_ends_leaves_its_work_in_order() {
 
 #[test]
 fn the_host_waits_before_it_overwrites_what_a_copy_reads() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let upload = stream(&gpu);
     let mut staging = pinned(&gpu, &[1.0; 8]);
@@ -124,7 +123,7 @@ fn the_host_waits_before_it_overwrites_what_a_copy_reads() {
 
 #[test]
 fn disjoint_parts_and_readers_do_not_wait_for_each_other() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let (one, two) = (stream(&gpu), stream(&gpu));
     let mut buffer = on_gpu(&gpu, 100);
@@ -151,7 +150,7 @@ fn disjoint_parts_and_readers_do_not_wait_for_each_other() {
 #[test]
 fn work_that_the_log_does_not_see_is_put_in_order_by_hand() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let upload = stream(&gpu);
         let owned = stream(&gpu);
@@ -180,7 +179,7 @@ fn work_that_the_log_does_not_see_is_put_in_order_by_hand() {
 #[test]
 fn events_order_streams_and_keep_time() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let (one, two) = (stream(&gpu), stream(&gpu));
         let mut buffer = on_gpu(&gpu, 4);
@@ -213,7 +212,7 @@ fn events_order_streams_and_keep_time() {
 
 #[test]
 fn logs_stay_short_and_forget_nothing_in_use() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let streams = [stream(&gpu), stream(&gpu)];
     let fill = |buffer: &mut Buffer, byte| {
@@ -235,4 +234,22 @@ fn logs_stay_short_and_forget_nothing_in_use() {
     drop(buffer);
     drop((streams, gpu));
     fake.assert_clean();
+}
+
+#[test]
+fn a_log_of_many_uses_is_not_searched_for_each() {
+    let fake = FakeGpu::lazy();
+    let gpu = fake.gpu();
+    let (upload, other) = (stream(&gpu), stream(&gpu));
+    let from = pinned(&gpu, &[1.0; 2000]);
+    let mut into = on_gpu(&gpu, 2000);
+    let before = fake.num_calls();
+    // Every other element, so no use covers another.
+    for i in (0..2000).step_by(2) {
+        upload.copy(from.view().range(i..i + 1), into.view_mut().into_range(i..i + 1)).unwrap();
+    }
+    let calls = fake.num_calls() - before;
+    assert!(calls < 30 * 1000, "{calls} calls for 1000 copies");
+    other.copy(into.view().range(0..1), on_gpu(&gpu, 1).view_mut()).unwrap();
+    assert_eq!(values(&gpu, &into)[..4], [1.0, 0.0, 1.0, 0.0]);
 }

@@ -3,8 +3,7 @@
 use proptest::prelude::*;
 use shardwise_device::cuda::{Gpu, Stream};
 use shardwise_device::{Buffer, BufferPool, DType, Memory, Place, SliceMut};
-
-use crate::fake::{Eagerness, Fake, stream};
+use shardwise_fake_gpu::{Eagerness, FakeGpu, stream};
 
 const NUM_BUFFERS: usize = 5;
 const BYTES: usize = 24;
@@ -94,7 +93,7 @@ proptest! {
         seed in any::<u64>(),
         eagerness in prop::sample::select(vec![Eagerness::Lazy, Eagerness::Random, Eagerness::Random]),
     ) {
-        let fake = Fake::new((seed, eagerness));
+        let fake = FakeGpu::new((seed, eagerness));
         fake.set_devices(2);
         let driver = fake.driver();
         run([driver.open(0).unwrap(), driver.open(1).unwrap()], calls);

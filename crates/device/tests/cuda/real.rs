@@ -4,8 +4,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use shardwise_device::cuda::{Driver, Inventory, Timing};
 use shardwise_device::{Buffer, BufferPool, DType, Memory};
-
-use crate::fake::stream;
+use shardwise_fake_gpu::stream;
 use crate::programs::{call, run};
 
 #[test]

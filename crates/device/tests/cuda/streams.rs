@@ -2,12 +2,11 @@
 
 use shardwise_device::cuda::{Priority, Sharing, gpu_for_rank};
 use shardwise_device::{Buffer, BufferPool, DType, Memory, Place, Slice, SliceMut};
-
-use crate::fake::{ALL_WAYS, Fake, on_gpu, pinned, stream, values};
+use shardwise_fake_gpu::{ALL_WAYS, FakeGpu, on_gpu, pinned, stream, values};
 
 #[test]
 fn memory_that_a_stream_cannot_use_is_refused() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(2);
     let driver = fake.driver();
     let (gpu, other) = (driver.open(0).unwrap(), driver.open(1).unwrap());
@@ -53,7 +52,7 @@ fn is_accessible(address: usize) -> bool {
 
 #[test]
 fn the_fake_keeps_the_host_out_of_device_memory_and_of_freed_memory() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let (device, host) = (on_gpu(&gpu, 8), pinned(&gpu, &[0.0; 8]));
     let [device_at, host_at] = [&device, &host].map(|buffer| buffer.as_ptr().addr().get());
@@ -65,7 +64,7 @@ fn the_fake_keeps_the_host_out_of_device_memory_and_of_freed_memory() {
 #[test]
 fn pageable_memory_is_copied_before_the_call_returns() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let stream = stream(&gpu);
         let mut buffer = on_gpu(&gpu, 20);
@@ -81,7 +80,7 @@ fn pageable_memory_is_copied_before_the_call_returns() {
 #[test]
 fn gpus_copy_to_each_other_in_order() {
     for (way, peers) in ALL_WAYS.into_iter().zip([true, false, true, false, true, false]) {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         fake.set_devices(2);
         fake.set_peers(peers);
         let driver = fake.driver();
@@ -107,7 +106,7 @@ fn gpus_copy_to_each_other_in_order() {
 #[test]
 fn threads_share_streams_and_sources() {
     for way in ALL_WAYS {
-        let fake = Fake::new(way);
+        let fake = FakeGpu::new(way);
         let gpu = fake.gpu();
         let shared = stream(&gpu);
         let source = pinned(&gpu, &[2.0; 32]);
@@ -145,7 +144,7 @@ fn threads_share_streams_and_sources() {
 
 #[test]
 fn steps_in_steady_state_allocate_nothing_and_wait_for_nothing() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     let gpu = fake.gpu();
     let (gather, compute) = (stream(&gpu), stream(&gpu));
     let mut pool = BufferPool::of(Memory::Gpu(gpu.clone()));
@@ -173,7 +172,7 @@ fn steps_in_steady_state_allocate_nothing_and_wait_for_nothing() {
 
 #[test]
 fn a_rank_takes_the_gpu_of_its_number() {
-    let fake = Fake::lazy();
+    let fake = FakeGpu::lazy();
     fake.set_devices(3);
     let driver = fake.driver();
     let ordinal = gpu_for_rank(2, driver.num_gpus(), Sharing::Exclusive).unwrap();

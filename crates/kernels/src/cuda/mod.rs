@@ -2,7 +2,7 @@
 //!
 //! The sources are part of the program (`cuda/*.cu`). NVRTC compiles them for the architecture of a GPU, on machines
 //! without one too, and a folder on disk keeps the results. Nothing here runs a kernel or names a stream: a launcher
-//! takes the machine code from here, and a [`Launch`] for each call.
+//! takes the machine code from here ([`CompiledCode`]), and a [`Launch`] for each call.
 //!
 //! ```text
 //! cuda/*.cu ── Source::program() ─┐
@@ -16,6 +16,7 @@
 //! give the bits of the CPU kernels; sums over a row differ in rounding.
 
 mod cache;
+mod code;
 mod cubin;
 mod error;
 mod launch;
@@ -28,6 +29,7 @@ mod search;
 mod source;
 
 pub use cache::{Cubin, KernelCache, Origin};
+pub use code::CompiledCode;
 pub use cubin::entry_points;
 pub use error::{Attempt, CudaKernelError};
 pub use launch::{DevicePtr, Entry, FloatType, Launch, LaunchPlan, Params};

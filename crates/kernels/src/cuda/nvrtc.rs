@@ -183,16 +183,22 @@ impl Nvrtc {
         &self.supported
     }
 
+    /// Checks that it compiles for GPUs of `arch`.
+    pub(super) fn require(&self, arch: Arch) -> Result<(), CudaKernelError> {
+        if !self.supported.contains(&arch) {
+            let supported = self.supported.clone();
+            return Err(CudaKernelError::UnsupportedArch { arch, supported, version: self.version });
+        }
+        Ok(())
+    }
+
     /// Compiles `program` for GPUs of `arch`.
     ///
     /// # Errors
     /// [`CudaKernelError::UnsupportedArch`]; [`CudaKernelError::Compile`] with the compiler's messages;
     /// [`CudaKernelError::MissingEntry`] if one of the program's kernels is not in the result.
     pub fn compile(&self, program: &Program<'_>, arch: Arch) -> Result<Compiled, CudaKernelError> {
-        if !self.supported.contains(&arch) {
-            let supported = self.supported.clone();
-            return Err(CudaKernelError::UnsupportedArch { arch, supported, version: self.version });
-        }
+        self.require(arch)?;
         let job = Job::new(self.functions, program)?;
         let arch_option = format!("--gpu-architecture={arch}");
         let options: Vec<&str> = [arch_option.as_str()].into_iter().chain(OPTIONS.iter().copied()).collect();

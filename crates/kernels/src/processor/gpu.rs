@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use shardwise_device::cuda::{Access, Args, Gpu, Grid, Kernel, Module, Stream};
 use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
@@ -10,8 +10,8 @@ use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
 use super::step::pointer_of;
 use super::{Piece, ProcessorError, StepSlices};
 use crate::cuda::{
-    CudaKernelError, Entry, FloatType, Launch, Pack, Params, Segment, Source, StepBuffers, SumInOrder,
-    SumOfSquares,
+    CompiledCode, CudaKernelError, DevicePtr, Entry, FloatType, Launch, Pack, Params, Segment, Source,
+    StepBuffers, SumInOrder, SumOfSquares,
 };
 
 /// Where a GPU's machine code comes from.
@@ -23,23 +23,30 @@ pub trait MachineCode: Send + Sync {
     fn of(&self, source: Source) -> Result<Vec<u8>, CudaKernelError>;
 }
 
+impl<T: MachineCode + ?Sized> MachineCode for Arc<T> {
+    fn of(&self, source: Source) -> Result<Vec<u8>, CudaKernelError> {
+        (**self).of(source)
+    }
+}
+
 /// A stream of a GPU with the kernels that run there.
 pub struct GpuProcessor {
     stream: Stream,
     code: Box<dyn MachineCode>,
     loaded: Mutex<Loaded>,
+    /// Locked from the first launch until the sums are on the host, so that no two calls share it.
     sums: Mutex<Option<Sums>>,
 }
 
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<Source, Module>,
-    kernels: HashMap<Entry, Kernel>,
+    kernels: HashMap<Entry, Arc<Kernel>>,
 }
 
-/// Where sums of squares are made: in the GPU's memory, and on their way to the host.
+/// Where sums of squares are made, as bytes: in the GPU's memory, and on their way to the host.
 struct Sums {
-    /// One for each block of elements, then one for each part; as bytes.
+    /// One for each part, then one for each block of elements.
     made: Buffer,
     told: Buffer,
 }
@@ -59,6 +66,12 @@ impl GpuProcessor {
         GpuProcessor { stream, code: Box::new(code), loaded: Mutex::default(), sums: Mutex::default() }
     }
 
+    /// Work goes to `stream`, in the order of the calls. Kernels come from NVRTC and its cache.
+    pub fn compiled(stream: Stream, code: Arc<CompiledCode>) -> Self {
+        // SAFETY: it compiles the sources, or reads what the user's own cache has of them, by a checksum.
+        unsafe { GpuProcessor::new(stream, code) }
+    }
+
     /// The GPU.
     pub fn gpu(&self) -> &Gpu {
         self.stream.gpu()
@@ -69,10 +82,23 @@ impl GpuProcessor {
         &self.stream
     }
 
+    /// Compiles and loads the kernels of `sources` now, and not when they are first called: what fails does so here.
+    ///
+    /// # Errors
+    /// Kernels that do not compile or load.
+    pub fn load(&self, sources: impl IntoIterator<Item = Source>) -> Result<(), ProcessorError> {
+        for source in sources {
+            for name in source.entries() {
+                self.kernel(Entry { source, name })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Queues a call of a kernel. It waits for conflicting uses of `uses` on other streams, and those wait for it.
     ///
     /// # Errors
-    /// Kernels that do not compile or load; what the driver says.
+    /// Kernels that do not compile or load; memory out of the GPU's reach; what the driver says.
     ///
     /// # Safety
     /// The addresses in `launch` lie within `uses`, or in memory of this GPU that stays until the stream is past the call and is used
@@ -93,10 +119,10 @@ impl GpuProcessor {
         Ok(())
     }
 
-    fn kernel(&self, entry: Entry) -> Result<Kernel, ProcessorError> {
+    fn kernel(&self, entry: Entry) -> Result<Arc<Kernel>, ProcessorError> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = loaded.kernels.get(&entry) {
-            return Ok(kernel.clone());
+            return Ok(Arc::clone(kernel));
         }
         if !loaded.modules.contains_key(&entry.source) {
             let code = self.code.of(entry.source)?;
@@ -104,27 +130,27 @@ impl GpuProcessor {
             let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
             loaded.modules.insert(entry.source, module);
         }
-        let kernel = loaded.modules[&entry.source].kernel(entry.name)?;
-        loaded.kernels.insert(entry, kernel.clone());
+        let kernel = Arc::new(loaded.modules[&entry.source].kernel(entry.name)?);
+        loaded.kernels.insert(entry, Arc::clone(&kernel));
         Ok(kernel)
     }
 
-    /// Views without a log are used in this stream's order; others must be on this GPU.
+    /// A view has to be in this GPU's memory, with a log or without: then it is used in the stream's order.
     fn require_here(&self, view: Slice<'_>) -> Result<(), ProcessorError> {
-        let ordinal = self.gpu().ordinal();
+        let expected = Place::Cuda { ordinal: self.gpu().ordinal() };
         match view.place() {
-            Place::Cuda { ordinal: there } if there == ordinal => Ok(()),
-            place => {
-                Err(shardwise_device::cuda::CudaError::WrongPlaces { ordinal, from: place, to: place }.into())
-            }
+            place if place == expected => Ok(()),
+            got => Err(ProcessorError::Elsewhere { expected, got }),
         }
     }
 
     pub(super) fn zero(&self, into: SliceMut<'_>) -> Result<(), ProcessorError> {
+        self.require_here(into.as_slice())?;
         Ok(self.stream.fill(into, 0)?)
     }
 
     pub(super) fn copy(&self, from: Slice<'_>, into: SliceMut<'_>) -> Result<(), ProcessorError> {
+        assert_eq!((from.numel(), from.dtype()), (into.numel(), into.dtype()), "a copy");
         Ok(self.stream.copy_and_wait(from, into)?)
     }
 
@@ -132,89 +158,130 @@ impl GpuProcessor {
         &self,
         pieces: &[Piece<'_>],
         factor: f32,
-        to: SliceMut<'_>,
+        mut to: SliceMut<'_>,
     ) -> Result<(), ProcessorError> {
-        self.require_here(to.as_slice())?;
-        let (to_type, mut rest) = (float_type(to.dtype()), to);
-        let mut segments = Segments::default();
+        self.require_pieces(pieces, to.as_slice())?;
+        let mut start = 0;
         for piece in pieces {
-            let (here, after) = rest.split_at(piece.numel());
-            rest = after;
-            match piece {
-                Piece::Data(data) => {
-                    self.require_here(*data)?;
-                    segments.push(*data, here);
-                }
-                Piece::Zeros(_) => self.zero(here)?,
+            let range = start..start + piece.numel();
+            start = range.end;
+            if let Piece::Zeros(_) = piece {
+                self.zero(to.range_mut(range))?;
             }
         }
-        assert_eq!(rest.numel(), 0, "elements that no piece fills");
-        segments.run(self, |from, segments| Pack::scale(from, to_type, factor, segments).collect())
+        let to_type = float_type(to.dtype());
+        self.for_each_piece(pieces, to, |from, segments| {
+            Pack::scale(from, to_type, factor, segments).next()
+        })
     }
 
     pub(super) fn accumulate(&self, pieces: &[Piece<'_>], sum: SliceMut<'_>) -> Result<(), ProcessorError> {
-        self.require_here(sum.as_slice())?;
-        let (to_type, mut rest) = (float_type(sum.dtype()), sum);
-        let mut segments = Segments::default();
+        self.require_pieces(pieces, sum.as_slice())?;
+        let to_type = float_type(sum.dtype());
+        self.for_each_piece(pieces, sum, |from, segments| {
+            Pack::accumulate(from, to_type, segments).next()
+        })
+    }
+
+    /// Checks everything before anything is queued.
+    fn require_pieces(&self, pieces: &[Piece<'_>], whole: Slice<'_>) -> Result<(), ProcessorError> {
+        let numel: usize = pieces.iter().map(Piece::numel).sum();
+        assert_eq!(numel, whole.numel(), "elements of pieces against room for them");
+        float_type(whole.dtype());
+        self.require_here(whole)?;
         for piece in pieces {
-            let (here, after) = rest.split_at(piece.numel());
-            rest = after;
             if let Piece::Data(data) = piece {
+                float_type(data.dtype());
                 self.require_here(*data)?;
-                segments.push(*data, here);
             }
         }
-        assert_eq!(rest.numel(), 0, "elements that no piece covers");
-        segments.run(self, |from, segments| Pack::accumulate(from, to_type, segments).collect())
+        Ok(())
+    }
+
+    /// Queues `launch` for the pieces that are data, up to 64 of one type together, each with its place in `whole`.
+    fn for_each_piece(
+        &self,
+        pieces: &[Piece<'_>],
+        whole: SliceMut<'_>,
+        launch: impl Fn(FloatType, &[Segment]) -> Option<Launch<Pack>>,
+    ) -> Result<(), ProcessorError> {
+        let whole = whole.as_slice();
+        for from in FloatType::ALL {
+            let mut start = 0;
+            let placed = pieces.iter().filter_map(|piece| {
+                let to = whole.range(start..start + piece.numel());
+                start += piece.numel();
+                match piece {
+                    Piece::Data(data) if float_type(data.dtype()) == from => Some((*data, to)),
+                    _ => None,
+                }
+            });
+            let placed: Vec<_> = placed.filter(|(data, _)| data.numel() > 0).collect();
+            for placed in placed.chunks(Pack::MAX_SEGMENTS) {
+                let segment = |&(data, to): &(Slice<'_>, Slice<'_>)| Segment {
+                    from: pointer_of(data),
+                    to: pointer_of(to),
+                    numel: data.numel() as u64,
+                };
+                let segments: Vec<_> = placed.iter().map(segment).collect();
+                if let Some(launch) = launch(from, &segments) {
+                    // One write for all: a log with an entry for each piece would be searched for each.
+                    let reads = placed.iter().map(|(data, _)| (*data, Access::Read));
+                    let uses = reads.chain([(whole, Access::Write)]);
+                    // SAFETY: the kernel reads the first and writes the second of each pair, as many elements; the second
+                    // lies in `whole`, which is borrowed to be written. Types are those of the views.
+                    unsafe { self.run(&launch, uses)? };
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn sums_of_squares(&self, parts: &[Slice<'_>]) -> Result<Vec<f64>, ProcessorError> {
         const F64: usize = size_of::<f64>();
-        let num_sums = |part: &Slice<'_>| SumOfSquares::num_sums(part.numel() as u64) as usize;
-        let num_blocks: usize = parts.iter().map(num_sums).sum();
-        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |sums: &Sums| {
-            sums.made.numel() >= (num_blocks + parts.len()) * F64 && sums.told.numel() >= parts.len() * F64
-        };
-        if !sums.as_ref().is_some_and(fits) {
-            let bytes = |memory, numel| Buffer::allocate(DType::U8, numel * F64, &memory);
-            *sums = Some(Sums {
-                made: bytes(Memory::Gpu(self.gpu().clone()), num_blocks + parts.len())?,
-                told: bytes(Memory::Pinned(self.gpu().clone()), parts.len())?,
-            });
-        }
-        let Sums { made, told } = sums.as_mut().expect("made above");
-        let (totals, mut blocks) = made.view_mut().split_at(parts.len() * F64);
-        let mut rest_of_totals = totals;
         for part in parts {
+            float_type(part.dtype());
             self.require_here(*part)?;
-            let (of_blocks, after) = blocks.split_at(num_sums(part) * F64);
-            blocks = after;
-            let (total, after) = rest_of_totals.split_at(F64);
-            rest_of_totals = after;
-            let (of_blocks, total) = (of_blocks.as_slice(), total.as_slice());
-            let numel = part.numel() as u64;
-            let squares = SumOfSquares { x: pointer_of(*part), sums: pointer_of(of_blocks), numel };
-            let in_order = SumInOrder {
-                terms: pointer_of(of_blocks),
-                total: pointer_of(total),
-                numel: SumOfSquares::num_sums(numel),
-            };
-            // SAFETY: the part is read, and as many sums written as `num_sums` says; then they are read, and one f64 is
-            // written.
+        }
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let num_blocks = |part: &Slice<'_>| SumOfSquares::num_sums(part.numel() as u64) as usize;
+        let num_sums = parts.len() + parts.iter().map(num_blocks).sum::<usize>();
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let sums = match &mut *sums {
+            Some(sums) if sums.made.numel() >= num_sums * F64 && sums.told.numel() >= parts.len() * F64 => sums,
+            sums => {
+                let bytes = |memory, numel| Buffer::allocate(DType::U8, numel * F64, &memory);
+                sums.insert(Sums {
+                    made: bytes(Memory::Gpu(self.gpu().clone()), num_sums)?,
+                    told: bytes(Memory::Pinned(self.gpu().clone()), parts.len())?,
+                })
+            }
+        };
+        let made = sums.made.view();
+        let sum = |index: usize| DevicePtr::new(pointer_of(made).address() + (index * F64) as u64);
+        let mut first_block = parts.len();
+        for (index, part) in parts.iter().enumerate() {
+            let (numel, blocks) = (part.numel() as u64, sum(first_block));
+            first_block += num_blocks(part);
+            let squares = SumOfSquares { x: pointer_of(*part), sums: blocks, numel };
+            let in_order =
+                SumInOrder { terms: blocks, total: sum(index), numel: SumOfSquares::num_sums(numel) };
+            // SAFETY: the part is read, and as many sums written to `made` as `num_blocks` says; then they are read, and
+            // one is written. `made` has `num_sums` in all, is aligned, and is this call's alone (the lock).
             unsafe {
                 if numel > 0 {
-                    let uses = [(*part, Access::Read), (of_blocks, Access::Write)];
+                    let uses = [(*part, Access::Read), (made, Access::Write)];
                     self.run(&squares.launch(float_type(part.dtype())), uses)?;
                 }
-                self.run(&in_order.launch(), [(of_blocks, Access::Read), (total, Access::Write)])?;
+                self.run(&in_order.launch(), [(made, Access::Write)])?;
             }
         }
         let of_parts = 0..parts.len() * F64;
-        self.stream
-            .copy(made.view().range(of_parts.clone()), told.view_mut().into_range(of_parts.clone()))?;
+        self.stream.copy(made.range(of_parts.clone()), sums.told.view_mut().into_range(of_parts.clone()))?;
         // Waits for the copy.
-        let told = told.view().range(of_parts).host_bytes()?;
+        let told = sums.told.view().range(of_parts).host_bytes()?;
         let number = |bytes: &[u8]| f64::from_ne_bytes(bytes.try_into().expect("chunks of eight bytes"));
         Ok(told.chunks_exact(F64).map(number).collect())
     }
@@ -227,49 +294,12 @@ impl GpuProcessor {
         for (view, _) in slices.uses() {
             self.require_here(view)?;
         }
+        let launch = launch(slices.buffers());
         if slices.grad.numel() == 0 {
             return Ok(());
         }
-        let launch = launch(slices.buffers());
         // SAFETY: the kernel reads and writes these slices, whose lengths and types `buffers` has checked.
         unsafe { self.run(&launch, slices.uses()) }
-    }
-}
-
-/// Arrays and the places they go to, by type of element.
-#[derive(Default)]
-struct Segments<'a> {
-    of_type: HashMap<DType, Vec<(Slice<'a>, SliceMut<'a>)>>,
-}
-
-impl<'a> Segments<'a> {
-    fn push(&mut self, from: Slice<'a>, to: SliceMut<'a>) {
-        self.of_type.entry(from.dtype()).or_default().push((from, to));
-    }
-
-    fn run(
-        self,
-        processor: &GpuProcessor,
-        launches: impl Fn(FloatType, &[Segment]) -> Vec<Launch<Pack>>,
-    ) -> Result<(), ProcessorError> {
-        for (dtype, pairs) in self.of_type {
-            for pairs in pairs.chunks(Pack::MAX_SEGMENTS) {
-                let segment = |(from, to): &(Slice<'_>, SliceMut<'_>)| Segment {
-                    from: pointer_of(*from),
-                    to: pointer_of(to.as_slice()),
-                    numel: from.numel() as u64,
-                };
-                let segments: Vec<_> = pairs.iter().map(segment).collect();
-                for launch in launches(float_type(dtype), &segments) {
-                    let uses = pairs
-                        .iter()
-                        .flat_map(|(from, to)| [(*from, Access::Read), (to.as_slice(), Access::Write)]);
-                    // SAFETY: the kernel reads the first and writes the second of each pair, as many elements.
-                    unsafe { processor.run(&launch, uses)? };
-                }
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,4 +1,6 @@
 //! The host's threads.
+//!
+//! Each function asks first whether the host reaches the memory: then the kernels cannot find that it does not.
 
 use shardwise_device::{Slice, SliceMut};
 
@@ -14,9 +16,10 @@ pub(super) fn scale(
     threads: Threads,
     from: Slice<'_>,
     factor: f32,
-    to: SliceMut<'_>,
+    mut to: SliceMut<'_>,
 ) -> Result<(), ProcessorError> {
     from.host_bytes()?;
+    to.reborrow().host_bytes()?;
     convert::scale_on(threads, from, factor, to);
     Ok(())
 }
@@ -47,10 +50,11 @@ pub(super) fn accumulate(
 ) -> Result<(), ProcessorError> {
     let mut rest = sum;
     for piece in pieces {
-        let (here, after) = rest.split_at(piece.numel());
+        let (mut here, after) = rest.split_at(piece.numel());
         rest = after;
         if let Piece::Data(data) = piece {
             data.host_bytes()?;
+            here.reborrow().host_bytes()?;
             convert::accumulate_on(threads, here, *data);
         }
     }

@@ -1,7 +1,8 @@
 //! The CUDA kernels' arithmetic, on a machine without a GPU: their sources are compiled as C++, run thread by thread on the host
 //! and held against the CPU kernels.
 //!
-//! `host.h` gives the compiler CUDA's vocabulary, `host.cpp` runs grids. Arrays stand between guards, so a kernel that
+//! The crate `shardwise-fake-gpu` compiles them: its `host.h` gives the compiler CUDA's vocabulary, its `host.cpp` runs grids. Arrays
+//! stand between guards, so a kernel that
 //! writes beside them is seen; every call runs with the threads of a block in order and backwards, so one that lacks
 //! a barrier is seen too (`harness` proves that the host sees it). What only a device can show is left to one: timing, and conversions between
 //! f16 and f32, which are instructions there.
@@ -13,92 +14,24 @@ mod harness;
 mod optimizer;
 mod reductions;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
-
 use half::{bf16, f16};
-use libloading::{Library, Symbol};
-use shardwise_kernels::cuda::{DevicePtr, FloatType, Launch, LaunchPlan, Params, Source};
+use shardwise_fake_gpu::{HostKernels, Order};
+use shardwise_kernels::cuda::{DevicePtr, FloatType, Launch, LaunchPlan, Params};
 
 /// The kernels as a library of the host.
-struct Host {
-    library: Library,
-}
+struct Host(&'static HostKernels);
 
-type Kernel = unsafe extern "C" fn(*const std::ffi::c_void);
-type HostLaunch = unsafe extern "C" fn(
-    Kernel,
-    *const std::ffi::c_void,
-    u32,
-    u32,
-    u32,
-    std::ffi::c_int,
-) -> *const std::ffi::c_char;
-
-/// Which thread of a block comes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Order {
-    Forwards,
-    Backwards,
-}
-
-fn host() -> &'static Host {
-    static HOST: OnceLock<Result<Host, String>> = OnceLock::new();
-    HOST.get_or_init(Host::build).as_ref().unwrap_or_else(|problem| panic!("{problem}"))
+fn host() -> Host {
+    Host(HostKernels::get())
 }
 
 impl Host {
-    fn build() -> Result<Host, String> {
-        let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_host");
-        let folder = tempfile::tempdir().unwrap();
-        // The texts that are compiled for devices, not whatever lies in the folder now.
-        let mut sources = vec![here.join("host.cpp"), here.join("broken.cu")];
-        for source in Source::ALL {
-            let program = source.program();
-            for header in program.headers {
-                std::fs::write(folder.path().join(header.name), header.text).unwrap();
-            }
-            let path = folder.path().join(program.name);
-            std::fs::write(&path, program.text).unwrap();
-            sources.push(path);
-        }
-        let compiler = |source: &Path, object: &Path| {
-            let mut command = Command::new("c++");
-            command.args(["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]);
-            command.args(["-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-c", "-x", "c++"]);
-            command
-                .arg("-include")
-                .arg(here.join("host.h"))
-                .arg("-I")
-                .arg(folder.path())
-                .arg("-I")
-                .arg(&here);
-            command.arg(source).arg("-o").arg(object);
-            run(&mut command)
-        };
-        let objects: Result<Vec<PathBuf>, String> = std::thread::scope(|scope| {
-            let threads: Vec<_> = sources
-                .iter()
-                .map(|source| {
-                    let object = folder.path().join(source.file_name().unwrap()).with_extension("o");
-                    scope.spawn(|| compiler(source, &object).map(|()| object))
-                })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        });
-        let library = folder.path().join("kernels.so");
-        run(Command::new("c++").arg("-shared").args(&objects?).arg("-o").arg(&library))?;
-        // SAFETY: just built from our sources, without initialisers.
-        Ok(Host { library: unsafe { Library::new(&library) }.unwrap() })
-    }
-
     /// Runs the call with the threads of each block in this order.
     fn launch<P: Params>(&self, launch: &Launch<P>, order: Order) {
         let name = launch.entry().name;
         assert!(launch.entry().source.entries().any(|entry| entry == name), "`{name}` is not listed");
-        let (params, num_bytes) = (launch.params(), size_of::<P>());
-        if let Err(fault) = self.launch_raw(name, launch.plan(), params, num_bytes, order) {
+        // SAFETY: the test's arrays are alive; whether a kernel keeps inside of them is the test's question.
+        if let Err(fault) = unsafe { self.0.launch(launch, order) } {
             panic!("`{name}`: {fault}");
         }
     }
@@ -112,31 +45,8 @@ impl Host {
         num_bytes: usize,
         order: Order,
     ) -> Result<(), String> {
-        // SAFETY: host.h declares such functions for every kernel, and host.cpp the launch. The parameter is as large as
-        // the kernel's, and the test's arrays are alive; whether a kernel keeps inside of them is the test's question.
-        unsafe {
-            let bytes: Symbol<'_, unsafe extern "C" fn() -> std::ffi::c_ulong> =
-                self.library.get(format!("host_{name}_bytes\0")).unwrap();
-            assert_eq!(bytes(), num_bytes as u64, "the parameter of `{name}` on both sides");
-            let kernel: Symbol<'_, Kernel> = self.library.get(format!("host_{name}\0")).unwrap();
-            let launch: Symbol<'_, HostLaunch> = self.library.get("host_launch\0").unwrap();
-            let LaunchPlan { grid, block, shared_bytes } = plan;
-            let fault = launch(*kernel, params, grid, block, shared_bytes, order as i32);
-            match fault.is_null() {
-                true => Ok(()),
-                false => Err(std::ffi::CStr::from_ptr(fault).to_str().unwrap().to_owned()),
-            }
-        }
-    }
-}
-
-fn run(command: &mut Command) -> Result<(), String> {
-    let output = command
-        .output()
-        .map_err(|error| format!("`c++`: {error}; a C++ compiler is needed: install g++ or clang++"))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(format!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr))),
+        // SAFETY: as above; the structure is alive.
+        unsafe { self.0.launch_raw(name, plan, params, num_bytes, order) }
     }
 }
 

@@ -5,9 +5,12 @@
 //   adversary feels like it, in any order that streams and events leave open. There are no threads: work runs
 //   within the caller's next call, under one lock, so a seed gives the same order again.
 // - Device addresses are real reserved addresses without access: a host that touches one faults. The bytes are kept
-//   elsewhere. Freed addresses are never used again, and freed pinned memory loses its access too.
+//   elsewhere. Freed addresses are never used again, and freed pinned memory loses its access too. For libraries that
+//   compute on a device's memory in the host's threads, `fake_host_access` gives the addresses access.
 // - Work that meets memory which is freed, too small or of the wrong kind is a violation, written down for the test.
-// - The fake counts what is alive, fails the n-th call when told to, and knows a few kernels by name.
+// - The fake counts what is alive, and fails the n-th call when told to.
+// - It knows a few kernels of its own by name, and runs those of the tree, compiled for the host: see host.h. Pointers in their
+//   structures are device addresses, for which it puts those of the bytes.
 //
 // Where the real driver may do one of two things, this does the one that hurts: freeing memory waits for nothing,
 // asynchronous copies from pageable memory read late, an error that a destructor reports leaves the object destroyed.
@@ -79,6 +82,26 @@ int copy(u64 target, u64 source, size_t bytes, CUstream stream) {
     Operation op(Operation::COPY);
     op.target = target, op.source = source, op.bytes = bytes;
     return enqueue(stream, std::move(op));
+}
+
+// Addresses that nobody else gets, without access to them.
+unsigned char* reserve(size_t bytes) {
+    void* reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return reserved == MAP_FAILED ? nullptr : static_cast<unsigned char*>(reserved);
+}
+
+// Gives access to a block that begins here. New memory holds anything.
+bool open_up(unsigned char* data, size_t bytes) {
+    if (mprotect(data, whole_pages(bytes), PROT_READ | PROT_WRITE)) return false;
+    memset(data, 0xCD, bytes);
+    memset(data + bytes, GUARD, whole_pages(bytes) - bytes);
+    return true;
+}
+
+// Takes access and memory away from a block, not its addresses.
+void close_off(unsigned char* data, size_t bytes) {
+    mprotect(data, whole_pages(bytes), PROT_NONE);
+    madvise(data, whole_pages(bytes), MADV_DONTNEED);
 }
 
 bool is_device_memory(u64 address, size_t bytes) {
@@ -381,10 +404,12 @@ CUresult CUDAAPI cuMemAlloc(CUdeviceptr* address, size_t bytes) {
     Device& device = fake().devices[current_device()];
     if (bytes == 0) return CUresult(INVALID_VALUE);
     if (bytes > device.total - device.used) return CUresult(OUT_OF_MEMORY);
-    void* reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (reserved == MAP_FAILED) return CUresult(OUT_OF_MEMORY);
-    auto* data = new unsigned char[bytes];
-    memset(data, 0xCD, bytes);
+    // A page lies between two blocks: an empty view at the end of one is not in the next.
+    auto* reserved = reserve(whole_pages(bytes) + PAGE);
+    auto* data = reserved && !fake().host_access ? reserve(whole_pages(bytes) + 2 * PAGE) : reserved;
+    if (!data) return CUresult(OUT_OF_MEMORY);
+    if (data != reserved) data += PAGE;
+    if (!open_up(data, bytes)) return CUresult(OUT_OF_MEMORY);
     device.used += bytes;
     *address = CUdeviceptr(reserved);
     fake().blocks[u64(*address)] = Block{current_device(), bytes, data};
@@ -399,10 +424,13 @@ CUresult CUDAAPI cuMemFree(CUdeviceptr address) {
         violation("memory is freed that is not there");
         return CUresult(INVALID_VALUE);
     }
-    found->second.freed = true;
-    fake().devices[found->second.device].used -= found->second.bytes;
-    delete[] found->second.data;
-    found->second.data = nullptr;
+    Block& block = found->second;
+    if (!guard_stands(block)) violation("something wrote past the end of device memory");
+    block.freed = true;
+    fake().devices[block.device].used -= block.bytes;
+    if (u64(block.data) == address) close_off(block.data, block.bytes);
+    else munmap(block.data - PAGE, whole_pages(block.bytes) + 2 * PAGE);
+    block.data = nullptr;
     return CUresult(code);
 }
 
@@ -410,11 +438,10 @@ CUresult CUDAAPI cuMemHostAlloc(void** pointer, size_t bytes, unsigned int flags
     BEGIN(true);
     if (bytes == 0 || flags != 1) return CUresult(INVALID_VALUE);
     if (bytes > fake().pinned_limit - fake().pinned) return CUresult(OUT_OF_MEMORY);
-    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) return CUresult(OUT_OF_MEMORY);
-    memset(mapped, 0xCD, bytes);
+    auto* mapped = reserve(whole_pages(bytes) + PAGE);
+    if (!mapped || !open_up(mapped, bytes)) return CUresult(OUT_OF_MEMORY);
     fake().pinned += bytes;
-    fake().blocks[u64(mapped)] = Block{-1, bytes, static_cast<unsigned char*>(mapped)};
+    fake().blocks[u64(mapped)] = Block{-1, bytes, mapped};
     *pointer = mapped;
     return CUresult(OK);
 }
@@ -427,9 +454,10 @@ CUresult CUDAAPI cuMemFreeHost(void* pointer) {
         violation("pinned memory is freed that is not there");
         return CUresult(INVALID_VALUE);
     }
+    if (!guard_stands(found->second)) violation("something wrote past the end of pinned memory");
     found->second.freed = true;
     fake().pinned -= found->second.bytes;
-    mprotect(pointer, found->second.bytes, PROT_NONE);
+    close_off(found->second.data, found->second.bytes);
     return CUresult(code);
 }
 
@@ -497,14 +525,17 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction* handle, CUmodule module_handle,
     BEGIN(true);
     auto* module = reinterpret_cast<Module*>(module_handle);
     if (!fake().modules.count(module)) return CUresult(INVALID_HANDLE);
-    for (size_t i = 0; i < KERNELS.size(); i++) {
-        if (module->names.count(name) && !strcmp(KERNELS[i].name, name)) {
-            module->functions.emplace_back(new Function{module, int(i)});
-            *handle = reinterpret_cast<CUfunction>(module->functions.back().get());
-            return CUresult(OK);
-        }
-    }
-    return CUresult(NOT_FOUND);
+    if (!module->names.count(name)) return CUresult(NOT_FOUND);
+    auto found = [&](int own, HostKernel compiled, std::vector<size_t> parameters) {
+        module->functions.emplace_back(new Function{module, name, own, compiled, std::move(parameters)});
+        *handle = reinterpret_cast<CUfunction>(module->functions.back().get());
+        return CUresult(OK);
+    };
+    for (size_t i = 0; i < KERNELS.size(); i++)
+        if (!strcmp(KERNELS[i].name, name)) return found(int(i), nullptr, KERNELS[i].parameters);
+    size_t bytes = 0;
+    HostKernel compiled = fake().find_kernel ? fake().find_kernel(name, &bytes) : nullptr;
+    return compiled ? found(-1, compiled, {bytes}) : CUresult(NOT_FOUND);
 }
 
 CUresult CUDAAPI cuFuncSetAttribute(CUfunction handle, CUfunction_attribute which, int value) {
@@ -516,7 +547,7 @@ CUresult CUDAAPI cuFuncSetAttribute(CUfunction handle, CUfunction_attribute whic
 
 CUresult CUDAAPI cuFuncGetParamInfo(CUfunction handle, size_t index, size_t* offset, size_t* size) {
     BEGIN(true);
-    auto& sizes = KERNELS[reinterpret_cast<Function*>(handle)->kernel].parameters;
+    auto& sizes = reinterpret_cast<Function*>(handle)->parameters;
     if (index >= sizes.size()) return CUresult(INVALID_VALUE);
     *offset = 0, *size = sizes[index];
     for (size_t i = 0; i < index; i++) *offset += sizes[i];
@@ -531,13 +562,16 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction handle, unsigned int gx, unsigned int
     if (extra || !gx || !gy || !gz || !bx || !by || !bz || u64(bx) * by * bz > 1024 ||
         int(shared) > function->shared_limit || function->module->device != current_device())
         return CUresult(INVALID_VALUE);
+    // Kernels of the tree are for blocks of one dimension, and compiled for at most so many threads (numbers.cuh).
+    if (function->compiled && (gy != 1 || gz != 1 || by != 1 || bz != 1 || bx > 512)) return CUresult(INVALID_VALUE);
     Operation op(Operation::KERNEL);
     op.function = function;
-    auto& sizes = KERNELS[function->kernel].parameters;
+    op.grid = gx, op.threads = bx, op.shared = shared;
+    auto& sizes = function->parameters;
     for (size_t i = 0; i < sizes.size(); i++) {
-        u64 value = 0;
-        memcpy(&value, arguments[i], sizes[i]);
-        op.arguments.push_back(value);
+        size_t start = op.arguments.size();
+        op.arguments.resize(start + (sizes[i] + 7) / 8);
+        memcpy(op.arguments.data() + start, arguments[i], sizes[i]);
     }
     return CUresult(enqueue(stream, std::move(op)));
 }
@@ -551,6 +585,13 @@ void fake_device(int ordinal, const char* name, int major, int minor, size_t tot
     device.name = name, device.major = major, device.minor = minor, device.total = total;
 }
 void fake_peers(int can) { fake().peers = can != 0; }
+// The host reaches device memory that is allocated from now on, at its address, and all work runs at once.
+void fake_host_access(void) {
+    std::lock_guard<std::mutex> guard(fake().lock);
+    fake().host_access = true, fake().eagerness = 2;
+    run_all();
+}
+void fake_kernels(FindKernel find, LaunchKernel launch) { fake().find_kernel = find, fake().launch_kernel = launch; }
 void fake_pinned_limit(size_t bytes) { fake().pinned_limit = bytes; }
 void fake_adversary(u64 seed, int eagerness) {
     fake().random = seed * 2 + 1;

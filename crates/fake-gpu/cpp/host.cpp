@@ -63,6 +63,8 @@ struct Runner {
 };
 
 thread_local Runner* runner = nullptr;
+// Stacks of threads that ended, from one launch to the next.
+thread_local std::vector<std::unique_ptr<Stack>> spare_stacks;
 
 // One thread after the other.
 void run_threads() {
@@ -188,6 +190,7 @@ extern "C" const char* host_launch(void (*kernel)(const void*), const void* para
     here.kernel = kernel;
     here.params = params;
     here.fibers.resize(block);
+    here.stacks.swap(spare_stacks);
     runner = &here;
     gridDim.x = grid;
     blockDim.x = block;
@@ -204,6 +207,8 @@ extern "C" const char* host_launch(void (*kernel)(const void*), const void* para
             if (here.dynamic[at] != GUARD) here.fault = "a block wrote beyond its shared memory";
     }
     runner = nullptr;
+    // A thread that met a fault ended where it must not go on.
+    if (here.fault.empty()) here.stacks.swap(spare_stacks);
     fault = here.fault;
     return fault.empty() ? nullptr : fault.c_str();
 }

@@ -80,7 +80,8 @@ struct Operation {
     unsigned char byte = 0;
     std::shared_ptr<Record> record;
     struct Function* function = nullptr;
-    std::vector<u64> arguments;
+    std::vector<u64> arguments;  // one word each; of a compiled kernel, the words of its structure
+    unsigned grid = 0, threads = 0, shared = 0;
 };
 
 struct CUstream_fake {
@@ -95,17 +96,26 @@ struct Event {
     std::shared_ptr<Record> record;
 };
 
+// Memory that was allocated. Its address is its key among all.
 struct Block {
     int device;  // -1: pinned host memory
     size_t bytes;
-    unsigned char* data;
+    unsigned char* data;  // where the bytes are: elsewhere, if the host must not reach them at their address
     bool freed = false;
 };
+
+// A kernel of ours, compiled for the host, and what runs its grid: see host.h.
+using HostKernel = void (*)(const void* structure);
+using FindKernel = HostKernel (*)(const char* name, size_t* structure_bytes);
+using LaunchKernel = const char* (*)(HostKernel, const void*, unsigned, unsigned, unsigned, int);
 
 struct Module;
 struct Function {
     Module* module;
-    int kernel;
+    std::string name;
+    int own;  // which of KERNELS; -1: compiled
+    HostKernel compiled;
+    std::vector<size_t> parameters;
     int shared_limit = 48 << 10;
 };
 struct Module {
@@ -137,6 +147,9 @@ struct Fake {
     std::set<Module*> modules;
     std::map<u64, Block> blocks;  // by address, freed ones too
     std::set<std::pair<int, int>> enabled;
+    bool host_access = false;  // the host reaches devices' memory
+    FindKernel find_kernel = nullptr;
+    LaunchKernel launch_kernel = nullptr;
     std::vector<std::unique_ptr<CUstream_fake>> graveyard;  // destroyed streams with work left
     std::vector<std::string> violations;
     std::string report;
@@ -188,18 +201,60 @@ unsigned char* resolve(u64 address, size_t bytes, const char* what, bool no_page
 
 void fail_device(int device, int code) { fake().devices[device].sticky = code; }
 
+const size_t PAGE = 4096;
+size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+// Behind the bytes of a block, up to the end of its page, stands what must stay as it is. Then comes a page without access.
+const unsigned char GUARD = 0xA5;
+
+bool guard_stands(const Block& block) {
+    for (size_t at = block.bytes; at < whole_pages(block.bytes); at++)
+        if (block.data[at] != GUARD) return false;
+    return true;
+}
+
+// Runs a compiled kernel. Which words of its structure are pointers nobody says: those that are addresses of a block. Numbers are
+// far below and floats far above them.
+void run_compiled(CUstream_fake* stream, Operation& op) {
+    const std::string& name = op.function->name;
+    std::vector<std::pair<const u64, Block>*> used;
+    for (u64& word : op.arguments) {
+        auto next = fake().blocks.upper_bound(word);
+        if (next == fake().blocks.begin()) continue;
+        auto& entry = *std::prev(next);
+        Block& block = entry.second;
+        if (word - entry.first >= block.bytes) continue;
+        if (block.freed) return violation(name + " uses freed memory");
+        bool reached = block.device < 0 || block.device == stream->device ||
+                       fake().enabled.count({stream->device, block.device});
+        if (!reached) return violation(name + " uses memory of another GPU");
+        word = u64(block.data) + (word - entry.first);
+        used.push_back(&entry);
+    }
+    int backwards = int(next_random() % 2);
+    const char* fault = fake().launch_kernel(op.function->compiled, op.arguments.data(), op.grid, op.threads, op.shared,
+                                             backwards);
+    if (fault) {
+        violation(name + ": " + fault);
+        return fail_device(stream->device, LAUNCH_FAILED);
+    }
+    for (auto* entry : used)
+        if (!guard_stands(entry->second)) return violation(name + " wrote past the end of its memory");
+}
+
 void run_kernel(CUstream_fake* stream, Operation& op) {
     if (op.function->module->unloaded) {
         violation("a kernel of an unloaded module runs");
         return;
     }
-    const char* name = KERNELS[op.function->kernel].name;
+    if (op.function->compiled) return run_compiled(stream, op);
+    const char* name = op.function->name.c_str();
     auto& a = op.arguments;
     auto number = [&](int i) { float f; memcpy(&f, &a[i], 4); return f; };
     auto floats = [&](int i, u64 numel) {
         return reinterpret_cast<float*>(resolve(a[i], numel * 4, name, true));
     };
-    switch (op.function->kernel) {
+    switch (op.function->own) {
         case 0: {
             float *x = floats(0, a[3]), *y = floats(1, a[3]), *sum = floats(2, a[3]);
             if (x && y && sum) for (u64 i = 0; i < a[3]; i++) sum[i] = x[i] + y[i];
