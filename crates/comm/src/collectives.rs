@@ -319,7 +319,7 @@ pub(crate) fn share_segment(
 ) -> Result<Option<Arc<Segment>>, CommError> {
     let universe = &x.member.universe;
     let created = if x.me() == founder {
-        let (place, segment) = universe.create_segment(num_members).map_err(|error| x.member.fail(error))?;
+        let (place, segment) = universe.create_segment(num_members).map_err(|error| universe.fail(&error))?;
         if x.size() > 1 {
             // SAFETY: a slot holds at least a page, is aligned to it, and is this rank's to fill.
             unsafe { x.slot().cast::<u64>().write(place) };
@@ -338,5 +338,5 @@ pub(crate) fn share_segment(
     }
     // SAFETY: the founder has published the place in its slot.
     let place = unsafe { x.shown(founder).cast::<u64>().read() };
-    universe.open_segment(place, num_members).map(Some).map_err(|error| x.member.fail(error))
+    universe.open_segment(place, num_members).map(Some).map_err(|error| universe.fail(&error))
 }

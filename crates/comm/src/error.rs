@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shardwise_device::DType;
+use shardwise_kernels::processor::ProcessorError;
 
 use crate::Operation;
 
@@ -196,6 +197,16 @@ pub enum CommError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// Memory, a GPU or its kernels failed this rank.
+    #[error("`{operation}` in group `{group}`: {source}")]
+    Device {
+        /// The call.
+        operation: Operation,
+        /// The group.
+        group: String,
+        /// What failed.
+        source: Arc<ProcessorError>,
+    },
     /// The queue's closure panicked, so its result is lost.
     #[error("a queued operation of group `{group}` panicked: {message}")]
     QueuePanicked {
@@ -209,6 +220,10 @@ pub enum CommError {
 impl CommError {
     pub(crate) fn system(action: &'static str, source: impl Into<io::Error>) -> Self {
         CommError::System { action, source: Arc::new(source.into()) }
+    }
+
+    pub(crate) fn device(operation: Operation, group: &str, source: impl Into<ProcessorError>) -> Self {
+        CommError::Device { operation, group: group.to_owned(), source: Arc::new(source.into()) }
     }
 }
 

@@ -145,6 +145,19 @@ pub trait ProcessGroup: Send + Sync {
 
     /// This rank gives up: present and future calls of every rank fail, naming this rank and `reason`.
     fn poison(&self, reason: &str);
+
+    /// The world's error, if it has one already.
+    ///
+    /// # Errors
+    /// That error.
+    fn check(&self) -> Result<(), CommError>;
+
+    /// Makes `error` the world's, unless it has one already, and returns the world's. Ranks that get an error that is no other
+    /// rank's business hear that this one gave up, and why.
+    fn fail(&self, error: &CommError) -> CommError;
+
+    /// How long a call waits for another rank.
+    fn deadline(&self) -> Duration;
 }
 
 /// A group of one rank. It needs no shared memory and never waits.

@@ -15,7 +15,11 @@
 #![allow(unexpected_cfgs, reason = "`--cfg loom` selects the model checker's types, see tests/loom.rs")]
 
 #[cfg(not(loom))]
+mod agree;
+#[cfg(not(loom))]
 mod arena;
+#[cfg(not(loom))]
+mod arguments;
 #[cfg(not(loom))]
 mod collectives;
 #[cfg(not(loom))]
@@ -36,6 +40,8 @@ mod queue;
 mod segment;
 #[cfg(not(loom))]
 pub mod shm;
+#[cfg(not(loom))]
+pub mod staged;
 mod sync;
 #[cfg(not(loom))]
 pub mod thread;

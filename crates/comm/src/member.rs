@@ -1,17 +1,18 @@
-//! A rank's handle on a group: checks arguments, opens each call with the others, waits with a deadline,
+//! A rank's handle on a group over shared memory: opens each call with the others, waits with a deadline,
 //! keeps the ledger.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use shardwise_device::{DType, Slice, SliceMut};
+use shardwise_device::{Slice, SliceMut};
 
+use crate::arguments::{Caller, Demand};
 use crate::collectives;
 use crate::parts::Parts;
 use crate::segment::Segment;
 use crate::universe::{SLICE, Universe};
 use crate::word::{self, Seen, Word};
-use crate::{Call, CommError, Group, Ledger, Operation, Part, ProcessGroup};
+use crate::{Call, CommError, Group, Ledger, Part, ProcessGroup};
 
 /// Keeps whatever must live as long as a rank uses any group of its world.
 pub(crate) type Anchor = Arc<dyn Send + Sync>;
@@ -69,30 +70,31 @@ impl Member {
         self.ranks.len()
     }
 
-    /// Makes `error` everyone's, and returns what everyone gets.
-    pub(crate) fn fail(&self, error: CommError) -> CommError {
-        self.universe.fail(&error)
+    /// This rank, as its arguments are checked.
+    pub(crate) fn caller(&self) -> Caller<'_> {
+        Caller { name: &self.name, ranks: &self.ranks, me: self.me }
     }
 
-    /// Arguments that cannot be right: the caller gets `error` itself; to the others this rank has given up.
-    fn refuse<T>(&self, error: CommError) -> Result<T, CommError> {
-        self.universe.check()?;
-        self.universe.fail(&error);
-        Err(error)
+    /// Of arguments that cannot be right the caller gets the error itself; to the others this rank has given up.
+    pub(crate) fn accept(&self, demand: Result<Demand, CommError>) -> Result<Demand, CommError> {
+        if let Err(error) = &demand {
+            self.universe.check()?;
+            self.universe.fail(error);
+        }
+        demand
     }
 
     /// Runs one call and enters it in the ledger.
     pub(crate) fn account<T>(
         &self,
-        operation: Operation,
-        dtype: DType,
-        sent_numel: usize,
+        demand: Demand,
         body: impl FnOnce(&mut State) -> Result<T, CommError>,
     ) -> Result<T, CommError> {
         let started = Instant::now();
         let mut state: MutexGuard<'_, State> = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.universe.check()?;
         let result = body(&mut state)?;
+        let Demand { operation, dtype, sent_numel, .. } = demand;
         state.ledger.record(operation, sent_numel, dtype.size_bytes(), started.elapsed());
         Ok(result)
     }
@@ -100,13 +102,11 @@ impl Member {
     /// Runs one collective.
     fn collective<T>(
         &self,
-        (operation, dtype, numel, detail): (Operation, DType, usize, u64),
-        sent_numel: usize,
+        demand: Demand,
         body: impl FnOnce(&mut Exchange<'_>) -> Result<T, CommError>,
     ) -> Result<T, CommError> {
-        self.account(operation, dtype, sent_numel, |state| {
-            let call =
-                Call { operation, sequence: state.num_collectives, dtype, numel: numel as u64, detail };
+        self.account(demand, |state| {
+            let call = demand.call(state.num_collectives);
             state.num_collectives += 1;
             body(&mut Exchange { member: self, phase: &mut state.phase, call, is_open: false })
         })
@@ -136,7 +136,7 @@ impl Member {
                 Seen::Reached => break Ok(()),
                 Seen::Left => {
                     let group = self.name.clone();
-                    break Err(self.fail(CommError::Left { rank, waiting_rank, group, call: *call }));
+                    break Err(self.universe.fail(&CommError::Left { rank, waiting_rank, group, call: *call }));
                 }
                 Seen::Poisoned | Seen::Nothing => {
                     if let Err(verdict) = self.universe.check() {
@@ -145,7 +145,7 @@ impl Member {
                 }
             }
             if let Some(error) = stuck() {
-                break Err(self.fail(error));
+                break Err(self.universe.fail(&error));
             }
             let left = deadline.saturating_sub(started.elapsed());
             if patience == Patience::Endless {
@@ -154,7 +154,7 @@ impl Member {
             }
             if left.is_zero() {
                 let (rank, group) = (self.universe.culprit(rank), self.name.clone());
-                break Err(self.fail(CommError::Stalled {
+                break Err(self.universe.fail(&CommError::Stalled {
                     rank,
                     waiting_rank,
                     group,
@@ -170,71 +170,6 @@ impl Member {
         }
         result
     }
-
-    fn check_sum(&self, operation: Operation, dtype: DType) -> Result<(), CommError> {
-        if dtype != DType::U8 {
-            return Ok(());
-        }
-        let expected = "`f32`, `bf16` or `f16`: bytes have no sum".to_owned();
-        self.refuse(CommError::WrongDType {
-            operation,
-            group: self.name.clone(),
-            what: "the input",
-            got: dtype,
-            expected,
-        })
-    }
-
-    fn check_numel(
-        &self,
-        operation: Operation,
-        what: &'static str,
-        got: usize,
-        expected: Option<usize>,
-    ) -> Result<(), CommError> {
-        let expected = expected.unwrap_or(usize::MAX);
-        if got == expected {
-            return Ok(());
-        }
-        let (group, group_size) = (self.name.clone(), self.size());
-        self.refuse(CommError::WrongLength { operation, group, group_size, what, got, expected })
-    }
-
-    fn check_dtype(
-        &self,
-        operation: Operation,
-        what: &'static str,
-        got: DType,
-        expected: DType,
-    ) -> Result<(), CommError> {
-        if got == expected {
-            return Ok(());
-        }
-        let (group, expected) = (self.name.clone(), format!("`{expected}`"));
-        self.refuse(CommError::WrongDType { operation, group, what, got, expected })
-    }
-
-    fn check_divisible(&self, operation: Operation, numel: usize) -> Result<usize, CommError> {
-        let (group, group_size) = (self.name.clone(), self.size());
-        if numel.is_multiple_of(group_size) {
-            return Ok(numel / group_size);
-        }
-        self.refuse(CommError::NotDivisible { operation, group, group_size, numel })
-    }
-
-    /// `rank` must be in the group, and another than this one unless `or_self`.
-    pub(crate) fn check_rank(
-        &self,
-        operation: Operation,
-        rank: usize,
-        or_self: OrSelf,
-    ) -> Result<(), CommError> {
-        if rank < self.size() && (rank != self.me || or_self == OrSelf::Yes) {
-            return Ok(());
-        }
-        let (group, group_size) = (self.name.clone(), self.size());
-        self.refuse(CommError::NoSuchRank { operation, group, group_size, rank })
-    }
 }
 
 /// How long a call waits for another rank.
@@ -244,13 +179,6 @@ pub(crate) enum Patience {
     Deadline,
     /// As long as it takes, while this rank does something else.
     Endless,
-}
-
-/// Whether a rank may name itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OrSelf {
-    Yes,
-    No,
 }
 
 impl ProcessGroup for Member {
@@ -271,70 +199,34 @@ impl ProcessGroup for Member {
     }
 
     fn all_reduce(&self, buffer: SliceMut<'_>) -> Result<(), CommError> {
-        let operation = Operation::AllReduce;
-        let (dtype, numel, n) = (buffer.dtype(), buffer.numel(), self.size());
-        self.check_sum(operation, dtype)?;
-        let sent = (2 * (n - 1) * numel).div_ceil(n);
-        self.collective((operation, dtype, numel, 0), sent, |x| collectives::all_reduce(x, buffer))
+        let demand = self.accept(self.caller().all_reduce(buffer.as_slice()))?;
+        self.collective(demand, |x| collectives::all_reduce(x, buffer))
     }
 
     fn reduce_scatter(&self, input: &[Part<'_>], shard: SliceMut<'_>) -> Result<(), CommError> {
-        let operation = Operation::ReduceScatter;
-        let dtype = input.iter().find_map(Part::dtype).unwrap_or(shard.dtype());
-        let numel = shard.numel();
-        self.check_sum(operation, dtype)?;
-        for part in input {
-            self.check_dtype(operation, "a part", part.dtype().unwrap_or(dtype), dtype)?;
-        }
-        if shard.dtype() != DType::F32 {
-            self.check_dtype(operation, "the shard", shard.dtype(), dtype)?;
-        }
-        let got = input.iter().map(Part::numel).sum();
-        self.check_numel(operation, "the input", got, numel.checked_mul(self.size()))?;
-        let parts = Parts::new(input, dtype);
-        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
-            collectives::reduce_scatter(x, &parts, shard)
-        })
+        let demand = self.accept(self.caller().reduce_scatter(input, shard.as_slice()))?;
+        let parts = Parts::new(input, demand.dtype);
+        self.collective(demand, |x| collectives::reduce_scatter(x, &parts, shard))
     }
 
     fn all_gather(&self, shard: Slice<'_>, full: SliceMut<'_>) -> Result<(), CommError> {
-        let operation = Operation::AllGather;
-        let (dtype, numel) = (shard.dtype(), shard.numel());
-        self.check_dtype(operation, "the result", full.dtype(), dtype)?;
-        self.check_numel(operation, "the result", full.numel(), numel.checked_mul(self.size()))?;
-        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
-            collectives::all_gather(x, Some(shard), full)
-        })
+        let demand = self.accept(self.caller().all_gather(shard, full.as_slice()))?;
+        self.collective(demand, |x| collectives::all_gather(x, Some(shard), full))
     }
 
     fn all_gather_in_place(&self, full: SliceMut<'_>) -> Result<(), CommError> {
-        let operation = Operation::AllGather;
-        let dtype = full.dtype();
-        let numel = self.check_divisible(operation, full.numel())?;
-        self.collective((operation, dtype, numel, 0), (self.size() - 1) * numel, |x| {
-            collectives::all_gather(x, None, full)
-        })
+        let demand = self.accept(self.caller().all_gather_in_place(full.as_slice()))?;
+        self.collective(demand, |x| collectives::all_gather(x, None, full))
     }
 
     fn broadcast(&self, buffer: SliceMut<'_>, root: usize) -> Result<(), CommError> {
-        let operation = Operation::Broadcast;
-        let (dtype, numel) = (buffer.dtype(), buffer.numel());
-        self.check_rank(operation, root, OrSelf::Yes)?;
-        let sent = if self.me == root { (self.size() - 1) * numel } else { 0 };
-        self.collective((operation, dtype, numel, self.ranks[root] as u64), sent, |x| {
-            collectives::broadcast(x, buffer, root)
-        })
+        let demand = self.accept(self.caller().broadcast(buffer.as_slice(), root))?;
+        self.collective(demand, |x| collectives::broadcast(x, buffer, root))
     }
 
     fn all_to_all(&self, input: Slice<'_>, output: SliceMut<'_>) -> Result<(), CommError> {
-        let operation = Operation::AllToAll;
-        let (dtype, numel) = (input.dtype(), input.numel());
-        self.check_dtype(operation, "the output", output.dtype(), dtype)?;
-        self.check_numel(operation, "the output", output.numel(), Some(numel))?;
-        let piece = self.check_divisible(operation, numel)?;
-        self.collective((operation, dtype, numel, 0), (self.size() - 1) * piece, |x| {
-            collectives::all_to_all(x, input, output)
-        })
+        let demand = self.accept(self.caller().all_to_all(input, output.as_slice()))?;
+        self.collective(demand, |x| collectives::all_to_all(x, input, output))
     }
 
     fn send(&self, buffer: Slice<'_>, to: usize) -> Result<(), CommError> {
@@ -350,7 +242,7 @@ impl ProcessGroup for Member {
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        self.collective((Operation::Barrier, DType::U8, 0, 0), 0, |x| {
+        self.collective(Demand::BARRIER, |x| {
             if x.size() > 1 {
                 x.publish();
                 x.wait()?;
@@ -360,19 +252,10 @@ impl ProcessGroup for Member {
     }
 
     fn subgroup(&self, name: &str, ranks: &[usize]) -> Result<Option<Group>, CommError> {
-        let distinct = ranks.iter().enumerate().all(|(i, rank)| !ranks[..i].contains(rank));
-        if ranks.is_empty() || !distinct || !ranks.iter().all(|rank| self.ranks.contains(rank)) {
-            return self.refuse(CommError::BadSubgroup {
-                name: name.to_owned(),
-                group: self.name.clone(),
-                ranks: ranks.to_vec(),
-                parent_ranks: self.ranks.clone(),
-            });
-        }
-        let digest = digest(name, ranks);
+        let demand = self.accept(self.caller().subgroup(name, ranks))?;
         let founder = self.ranks.iter().position(|&rank| rank == ranks[0]).expect("checked above");
         let place = ranks.iter().position(|&rank| rank == self.universe.rank());
-        let segment = self.collective((Operation::Subgroup, DType::U8, 0, digest), 0, |x| {
+        let segment = self.collective(demand, |x| {
             collectives::share_segment(x, founder, place.is_some(), ranks.len())
         })?;
         let anchor = Arc::clone(&self.anchor);
@@ -387,7 +270,19 @@ impl ProcessGroup for Member {
     }
 
     fn poison(&self, reason: &str) {
-        self.fail(CommError::GaveUp { rank: self.universe.rank(), reason: reason.to_owned() });
+        self.universe.fail(&CommError::GaveUp { rank: self.universe.rank(), reason: reason.to_owned() });
+    }
+
+    fn check(&self) -> Result<(), CommError> {
+        self.universe.check()
+    }
+
+    fn fail(&self, error: &CommError) -> CommError {
+        self.universe.fail(error)
+    }
+
+    fn deadline(&self) -> Duration {
+        self.universe.options().deadline
     }
 }
 
@@ -398,15 +293,6 @@ impl Drop for Member {
         }
         self.segment.leave(self.me);
     }
-}
-
-/// FNV-1a: enough to tell a different name or list by accident, not by design.
-fn digest(name: &str, ranks: &[usize]) -> u64 {
-    let ranks = ranks.iter().flat_map(|rank| rank.to_le_bytes());
-    name.bytes()
-        .chain([0])
-        .chain(ranks)
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// One collective in progress: this rank's slots to fill, the peers' to read, phase by phase.
@@ -488,6 +374,6 @@ impl Exchange<'_> {
             return Ok(());
         };
         let (rank, other_rank) = (ranks[0], ranks[other]);
-        Err(self.member.fail(CommError::Mismatch { group: name.clone(), rank, call, other_rank, other_call }))
+        Err(self.member.universe.fail(&CommError::Mismatch { group: name.clone(), rank, call, other_rank, other_call }))
     }
 }

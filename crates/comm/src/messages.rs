@@ -11,13 +11,13 @@
 
 use std::sync::atomic::Ordering;
 
-use shardwise_device::{DType, Slice, SliceMut};
+use shardwise_device::{Slice, SliceMut};
 use shardwise_kernels::reduce::{Store, copy_bytes};
 
-use crate::member::{Member, OrSelf, Patience};
+use crate::member::{Member, Patience};
 use crate::segment::CHANNEL_SLOT_BYTES;
 use crate::word::{self, Seen};
-use crate::{Call, CommError, Operation};
+use crate::{Call, CommError};
 
 /// Byte ranges of a message's chunks; an empty message has one, too.
 fn chunks(num_bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
@@ -32,14 +32,12 @@ impl Member {
         to: usize,
         patience: Patience,
     ) -> Result<(), CommError> {
-        let operation = Operation::Send;
-        self.check_rank(operation, to, OrSelf::No)?;
-        let (dtype, numel) = (buffer.dtype(), buffer.numel());
-        self.account(operation, dtype, numel, |state| {
+        let demand = self.accept(self.caller().send(buffer, to))?;
+        self.account(demand, |state| {
             let channel = self.segment.channel(self.me, to);
             let phase = state.phase();
             let (chunk, sequence) = &mut state.sent[to];
-            let call = self.message(operation, *sequence, dtype, numel, to);
+            let call = demand.call(*sequence);
             *sequence += 1;
             for range in chunks(buffer.num_bytes()) {
                 // Chunk `k` needs its slot back: `k - 2` taken, that is `k - 1` chunks.
@@ -70,16 +68,14 @@ impl Member {
     }
 
     pub(crate) fn receive_message(&self, buffer: SliceMut<'_>, from: usize) -> Result<(), CommError> {
-        let operation = Operation::Recv;
-        self.check_rank(operation, from, OrSelf::No)?;
-        let (dtype, numel) = (buffer.dtype(), buffer.numel());
+        let demand = self.accept(self.caller().recv(buffer.as_slice(), from))?;
         let bytes = buffer.bytes();
-        self.account(operation, dtype, 0, |state| {
+        self.account(demand, |state| {
             let channel = self.segment.channel(from, self.me);
             let phase = state.phase();
             let sent_back = state.sent[from].0;
             let (chunk, sequence) = &mut state.received[from];
-            let call = self.message(operation, *sequence, dtype, numel, from);
+            let call = demand.call(*sequence);
             *sequence += 1;
             for range in chunks(bytes.len()) {
                 let target = word::next(*chunk);
@@ -116,12 +112,8 @@ impl Member {
         })
     }
 
-    fn message(&self, operation: Operation, sequence: u64, dtype: DType, numel: usize, other: usize) -> Call {
-        Call { operation, sequence, dtype, numel: numel as u64, detail: self.ranks[other] as u64 }
-    }
-
     fn disagree(&self, other: usize, other_call: Call, call: &Call) -> CommError {
-        self.fail(self.mismatch(other, other_call, call))
+        self.universe.fail(&self.mismatch(other, other_call, call))
     }
 
     fn mismatch(&self, other: usize, other_call: Call, call: &Call) -> CommError {

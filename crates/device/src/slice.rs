@@ -78,6 +78,11 @@ impl<'a> Slice<'a> {
         self.uses
     }
 
+    /// Whether the memory keeps a log of the streams that use it: pinned memory and GPUs', if a buffer owns it.
+    pub fn is_logged(&self) -> bool {
+        self.uses.is_some()
+    }
+
     /// Elements in view.
     pub fn numel(&self) -> usize {
         self.numel
@@ -112,6 +117,15 @@ impl<'a> Slice<'a> {
         // SAFETY: the range lies inside the view (asserted), so the pointer stays inside its memory.
         let ptr = unsafe { self.ptr.add(range.start * self.dtype.size_bytes()) };
         Slice { ptr, numel: range.end - range.start, ..*self }
+    }
+
+    /// The same bytes as elements of another type, with the same log.
+    ///
+    /// # Panics
+    /// If the bytes are no whole number of such elements, or not aligned for them.
+    pub fn cast(self, dtype: DType) -> Slice<'a> {
+        let numel = cast_numel(self.ptr, self.num_bytes(), dtype);
+        Slice { numel, dtype, ..self }
     }
 
     /// The view as a Rust slice of its own element type.
@@ -167,6 +181,11 @@ impl<'a> SliceMut<'a> {
     /// The same view with the log of its memory.
     pub(crate) fn logged(self, uses: Option<&'a Uses>) -> Self {
         SliceMut { uses, ..self }
+    }
+
+    /// Whether the memory keeps a log of the streams that use it: pinned memory and GPUs', if a buffer owns it.
+    pub fn is_logged(&self) -> bool {
+        self.uses.is_some()
     }
 
     /// Elements in view.
@@ -252,6 +271,15 @@ impl<'a> SliceMut<'a> {
         )
     }
 
+    /// The same bytes as elements of another type, with the same log.
+    ///
+    /// # Panics
+    /// If the bytes are no whole number of such elements, or not aligned for them.
+    pub fn cast(self, dtype: DType) -> SliceMut<'a> {
+        let numel = cast_numel(self.ptr, self.num_bytes(), dtype);
+        SliceMut { numel, dtype, ..self }
+    }
+
     /// The view as a Rust slice of its own element type.
     ///
     /// # Errors
@@ -283,6 +311,14 @@ impl<'a> SliceMut<'a> {
         // SAFETY: as in `typed`; any byte is a valid `u8`, and any bytes are valid numbers.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), num_bytes) })
     }
+}
+
+/// Elements of type `dtype` in `num_bytes` bytes at `ptr`. Any bytes are numbers of any type.
+fn cast_numel(ptr: NonNull<u8>, num_bytes: usize, dtype: DType) -> usize {
+    let width = dtype.size_bytes();
+    let fits = num_bytes.is_multiple_of(width) && ptr.as_ptr().addr().is_multiple_of(width);
+    assert!(fits, "`{num_bytes}` bytes at {ptr:?} are no whole, aligned elements of type `{dtype}`");
+    num_bytes / width
 }
 
 /// Checks that the host may do `access` to a view, waiting for the streams that use it if it is pinned memory.
@@ -352,6 +388,23 @@ mod tests {
         let place = Place::Cuda { ordinal: 0 };
         // SAFETY: as above.
         unsafe { Slice::from_raw(NonNull::<u64>::dangling().cast(), 8, DType::F32, place) }.bytes();
+    }
+
+    #[test]
+    fn bytes_are_numbers_of_any_type_that_fits() {
+        let mut values = [1f32, 2.0, 3.0];
+        let bytes = SliceMut::of(&mut values).cast(DType::U8);
+        assert_eq!(bytes.numel(), 12);
+        let halves = bytes.as_slice().range(4..8).cast(DType::Bf16);
+        assert_eq!(halves.typed::<half::bf16>().unwrap(), [half::bf16::ZERO, half::bf16::from_f32(2.0)]);
+        assert_eq!(bytes.into_range(8..12).cast(DType::F32).typed::<f32>().unwrap(), [3.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no whole, aligned elements of type `f32`")]
+    fn bytes_between_numbers_are_none() {
+        let values = [1f32, 2.0];
+        Slice::of(&values).cast(DType::U8).range(2..6).cast(DType::F32);
     }
 
     #[test]

@@ -4,7 +4,148 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 use shardwise_comm::{Group, Part};
-use shardwise_device::{Buffer, DType, Place, Slice};
+use shardwise_device::cuda::{Access, Gpu, Stream};
+use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
+
+/// Where the buffers of a program lie.
+#[derive(Clone, Copy)]
+pub enum Ground<'a> {
+    Host,
+    /// On a GPU, in memory that logs who uses it or, like libtorch's, is used in the order of one stream.
+    Gpu { gpu: &'a Gpu, compute: &'a Stream, log: Log },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Log {
+    Kept,
+    None,
+}
+
+/// A buffer of a program. What is on a GPU is on its way there while the program runs.
+struct Placed<'a> {
+    ground: Ground<'a>,
+    buffer: Buffer,
+    /// What the buffer is filled from.
+    _pinned: Option<Buffer>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(ground: Ground<'a>, host: Buffer) -> Self {
+        let Ground::Gpu { gpu, compute, .. } = ground else {
+            return Placed { ground, buffer: host, _pinned: None };
+        };
+        let allocate = |memory| Buffer::allocate(host.dtype(), host.numel(), &memory).unwrap();
+        let (mut pinned, buffer) = (allocate(Memory::Pinned(gpu.clone())), allocate(Memory::Gpu(gpu.clone())));
+        pinned.view_mut().bytes().copy_from_slice(host.view().bytes());
+        let mut placed = Placed { ground, buffer, _pinned: None };
+        if host.numel() > 0 {
+            compute.wait_for(placed.buffer.view(), Access::Write).unwrap();
+            compute.copy(pinned.view(), placed.view_mut()).unwrap();
+        }
+        Placed { _pinned: Some(pinned), ..placed }
+    }
+
+    fn zeroed(ground: Ground<'a>, dtype: DType, numel: usize) -> Self {
+        Placed::new(ground, Buffer::zeroed(dtype, numel, Place::Cpu).unwrap())
+    }
+
+    fn view(&self) -> Slice<'_> {
+        let view = self.buffer.view();
+        match self.ground {
+            // SAFETY: the buffer's own memory, used in the order of the compute stream, which `bytes` waits for.
+            Ground::Gpu { log: Log::None, .. } => unsafe {
+                Slice::from_raw(self.buffer.as_ptr(), view.numel(), view.dtype(), view.place())
+            },
+            _ => view,
+        }
+    }
+
+    fn view_mut(&mut self) -> SliceMut<'_> {
+        let view = self.buffer.view();
+        match self.ground {
+            // SAFETY: as in `view`; the buffer is borrowed to write.
+            Ground::Gpu { log: Log::None, .. } => unsafe {
+                SliceMut::from_raw(self.buffer.as_ptr(), view.numel(), view.dtype(), view.place())
+            },
+            _ => self.buffer.view_mut(),
+        }
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        let mut out = vec![0; self.buffer.num_bytes()];
+        match self.ground {
+            Ground::Host => out.copy_from_slice(self.buffer.view().bytes()),
+            Ground::Gpu { compute, .. } => {
+                compute.copy_and_wait(self.view().cast(DType::U8), SliceMut::of(&mut out)).unwrap();
+            }
+        }
+        out
+    }
+}
+
+/// As [`run`], with buffers on `ground`.
+pub fn run_on(group: &Group, ground: Ground<'_>, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
+    let (n, me) = (group.group_size(), group.group_rank());
+    let one = |(i, step): (usize, &Step)| {
+        let dtype = input_dtype(step);
+        let host = input(seed + i as u64, me, dtype, input_numel(step, n));
+        let mut own = Placed::new(ground, input(seed + i as u64, me, dtype, input_numel(step, n)));
+        let result = match *step {
+            Step::AllReduce { .. } => {
+                group.all_reduce(own.view_mut()).unwrap();
+                own
+            }
+            Step::ReduceScatter { shard_dtype, numel, cuts, .. } => {
+                let mut result = Placed::zeroed(ground, shard_dtype, numel);
+                group.reduce_scatter(&parts(own.view(), me, cuts), result.view_mut()).unwrap();
+                return result.bytes();
+            }
+            Step::AllGather { numel, in_place: true, .. } => {
+                let mut full = Buffer::zeroed(dtype, numel * n, Place::Cpu).unwrap();
+                let place = full.view_mut().into_range(me * numel..(me + 1) * numel);
+                place.bytes().copy_from_slice(host.view().bytes());
+                let mut full = Placed::new(ground, full);
+                group.all_gather_in_place(full.view_mut()).unwrap();
+                full
+            }
+            Step::AllGather { numel, .. } => {
+                let mut full = Placed::zeroed(ground, dtype, numel * n);
+                group.all_gather(own.view(), full.view_mut()).unwrap();
+                return full.bytes();
+            }
+            Step::Broadcast { root, .. } => {
+                group.broadcast(own.view_mut(), root % n).unwrap();
+                own
+            }
+            Step::AllToAll { numel, .. } => {
+                let mut result = Placed::zeroed(ground, dtype, numel * n);
+                group.all_to_all(own.view(), result.view_mut()).unwrap();
+                return result.bytes();
+            }
+            Step::Ring { numel, .. } => {
+                let mut result = Placed::zeroed(ground, dtype, numel);
+                let (right, left) = ((me + 1) % n, (me + n - 1) % n);
+                if n == 1 {
+                    return own.bytes();
+                } else if me == 0 {
+                    // One rank receives first, so that large messages cannot block each other.
+                    group.recv(result.view_mut(), left).unwrap();
+                    group.send(own.view(), right).unwrap();
+                } else {
+                    group.send(own.view(), right).unwrap();
+                    group.recv(result.view_mut(), left).unwrap();
+                }
+                return result.bytes();
+            }
+            Step::Barrier => {
+                group.barrier().unwrap();
+                own
+            }
+        };
+        result.bytes()
+    };
+    program.iter().enumerate().map(one).collect()
+}
 
 /// One collective, with what every rank must agree on.
 #[derive(Debug, Clone)]
@@ -76,8 +217,7 @@ fn fill<T: shardwise_device::Element>(buffer: &mut Buffer, value: impl Fn(usize)
 }
 
 /// `input` as parts: cut at random places; elements of some stretches are zero and given as `Zeros`.
-fn parts<'a>(input: &'a Buffer, rank: usize, cuts: u64) -> Vec<Part<'a>> {
-    let view = input.view();
+fn parts(view: Slice<'_>, rank: usize, cuts: u64) -> Vec<Part<'_>> {
     let mut parts = Vec::new();
     for_each_stretch(view.numel(), rank, cuts, |range, is_zero| {
         parts.push(if is_zero { Part::Zeros(range.len()) } else { Part::Data(view.range(range)) });
@@ -143,57 +283,7 @@ fn input_dtype(step: &Step) -> DType {
 
 /// Runs a program on a group; returns the bytes of each step's result.
 pub fn run(group: &Group, program: &[Step], seed: u64) -> Vec<Vec<u8>> {
-    let (n, me) = (group.group_size(), group.group_rank());
-    let one = |(i, step): (usize, &Step)| {
-        let dtype = input_dtype(step);
-        let mut own = input(seed + i as u64, me, dtype, input_numel(step, n));
-        let mut result = Buffer::zeroed(dtype, 0, Place::Cpu).unwrap();
-        match *step {
-            Step::AllReduce { .. } => {
-                group.all_reduce(own.view_mut()).unwrap();
-                result = own;
-            }
-            Step::ReduceScatter { shard_dtype, numel, cuts, .. } => {
-                result = Buffer::zeroed(shard_dtype, numel, Place::Cpu).unwrap();
-                group.reduce_scatter(&parts(&own, me, cuts), result.view_mut()).unwrap();
-            }
-            Step::AllGather { numel, in_place, .. } => {
-                result = Buffer::zeroed(dtype, numel * n, Place::Cpu).unwrap();
-                if in_place {
-                    let place = result.view_mut().into_range(me * numel..(me + 1) * numel);
-                    place.bytes().copy_from_slice(own.view().bytes());
-                    group.all_gather_in_place(result.view_mut()).unwrap();
-                } else {
-                    group.all_gather(own.view(), result.view_mut()).unwrap();
-                }
-            }
-            Step::Broadcast { root, .. } => {
-                group.broadcast(own.view_mut(), root % n).unwrap();
-                result = own;
-            }
-            Step::AllToAll { numel, .. } => {
-                result = Buffer::zeroed(dtype, numel * n, Place::Cpu).unwrap();
-                group.all_to_all(own.view(), result.view_mut()).unwrap();
-            }
-            Step::Ring { numel, .. } => {
-                result = Buffer::zeroed(dtype, numel, Place::Cpu).unwrap();
-                let (right, left) = ((me + 1) % n, (me + n - 1) % n);
-                if n == 1 {
-                    result = own;
-                } else if me == 0 {
-                    // One rank receives first, so that large messages cannot block each other.
-                    group.recv(result.view_mut(), left).unwrap();
-                    group.send(own.view(), right).unwrap();
-                } else {
-                    group.send(own.view(), right).unwrap();
-                    group.recv(result.view_mut(), left).unwrap();
-                }
-            }
-            Step::Barrier => group.barrier().unwrap(),
-        }
-        result.view().bytes().to_vec()
-    };
-    program.iter().enumerate().map(one).collect()
+    run_on(group, Ground::Host, program, seed)
 }
 
 /// What rank `me` of `n` must get, computed one element after the other.

@@ -136,6 +136,15 @@ impl Gpu {
         self.call("cuCtxSynchronize", asked, |api| unsafe { (api.context_synchronize)() })
     }
 
+    /// Runs `run` with this GPU's context current on this thread, for libraries that look for it there.
+    ///
+    /// # Errors
+    /// What the driver says; nothing has run then.
+    pub fn with_context<T>(&self, run: impl FnOnce() -> T) -> Result<T, CudaError> {
+        let _scope = self.enter()?;
+        Ok(run())
+    }
+
     /// Takes the first error that dropping a buffer, stream or event met since the last call: destructors cannot
     /// return one. After such an error memory may have been left to the end of the process rather than freed
     /// while in use.
