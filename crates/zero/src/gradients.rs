@@ -64,7 +64,7 @@ impl Zero {
         }
         trained.num_reduced += 1;
         self.settle(unit)?; // the previous micro-batch's reduction
-        let is_whole_kept = self.options.stage.keeps_whole_gradients(accum) && !self.is_alone();
+        let is_whole_kept = self.options.stage.keeps_whole_gradients(accum) && !self.lane.is_alone();
         if self.tiers.offloads_optimizer().is_some() && !is_whole_kept {
             let flat = self.outgoing(self.options.compute, &parts)?;
             let fold = if microbatch == 0 { Fold::Set } else { Fold::Add };
@@ -118,7 +118,7 @@ impl Zero {
     fn send_down(&mut self, unit: usize, sent: Buffer, fold: Fold) -> Result<(), ZeroError> {
         let copies = self.tiers.offloads_optimizer().expect("asked by the caller");
         let shard_numel = self.units[unit].layout.shard_numel();
-        let (summed, told) = match self.is_alone() {
+        let (summed, told) = match self.lane.is_alone() {
             true => (None, sent.dtype()),
             false => (Some(self.pool.take(DType::F32, shard_numel)?), DType::F32),
         };
@@ -127,11 +127,6 @@ impl Zero {
         let work = self.lane.reduce_down(Down { sent, summed, told }, copies)?;
         *self.grad_mut(unit) = GradState::ToHost { work, fold };
         Ok(())
-    }
-
-    /// Whether no other rank has gradients of the same parameters.
-    fn is_alone(&self) -> bool {
-        self.group().group_size() == 1
     }
 
     /// The pool of what the optimizer computes on.
@@ -243,6 +238,10 @@ impl Zero {
         range: Range<usize>,
     ) -> Result<Buffer, ZeroError> {
         let compute = self.options.compute;
+        if self.lane.is_alone() {
+            self.tiers.device.pack(&pieces(parts), 1.0, output.view_mut().into_range(range))?;
+            return Ok(output);
+        }
         if self.lane.is_inline() && self.reduction.sends_as_is(compute) {
             self.lane.inline(|group| group.reduce_scatter(parts, output.view_mut().into_range(range)))?;
             return Ok(output);

@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
-use shardwise_device::{DType, Place};
+use shardwise_device::DType;
 use shardwise_plan::ParamSpec;
 
 use crate::tiers::{Shown, Tiers};
 use crate::unit::{Trained, Unit};
+use crate::update::Target;
 use crate::{Zero, ZeroError};
 
 /// The name of the weights among the states.
@@ -144,16 +145,18 @@ impl Zero {
         let Zero { units, tiers, .. } = self;
         let Unit { layout, owned, params, trained, .. } = &mut units[unit];
         let copy = params.owned_copy(&layout.name, owned.clone())?;
-        let Some(Trained { master, num_reduced, .. }) = trained else { return Ok(()) };
+        let Some(Trained { master, num_reduced, pieces, .. }) = trained else { return Ok(()) };
         *num_reduced = 0;
-        match master {
-            Some(master) if master.place() == copy.place() => {
-                let processor = if master.place() == Place::Cpu { &tiers.stepper } else { &tiers.device };
-                Ok(processor.scale(master.view(), 1.0, copy)?)
-            }
-            Some(master) => tiers.store(master.typed()?, copy),
-            None => Ok(()),
+        if master.is_none() {
+            return Ok(());
         }
+        let numel = copy.numel();
+        let stepper = tiers.stepper.clone();
+        let mut target = Target::new(tiers, copy, pieces)?;
+        if let (master, Some(copy)) = target.master_and_copy(master, 0..numel) {
+            stepper.scale(master.as_slice(), 1.0, copy)?;
+        }
+        target.finish(master.as_ref())
     }
 }
 

@@ -58,8 +58,8 @@ pub(crate) struct Tiers {
     copies: Option<Arc<Stream>>,
     /// Where shards of the compute copy lie.
     params: Tier,
-    /// Where the next parameters are written before they are copied up: while one is on its way, the other is written.
-    uploads: [Option<Buffer>; 2],
+    /// Where the next parameters are written if their place is elsewhere: while one is on its way there, the other is written.
+    transfers: [Option<Buffer>; 2],
 }
 
 impl Tiers {
@@ -67,7 +67,7 @@ impl Tiers {
         let host = Processor::Host(options.threads);
         let Some(gpu) = &options.gpu else {
             let (device, params) = (host.clone(), Tier::Device);
-            return Ok(Tiers { device, stepper: host, copies: None, params, uploads: [None, None] });
+            return Ok(Tiers { device, stepper: host, copies: None, params, transfers: [None, None] });
         };
         let Offload { optimizer, params } = options.offload;
         let device = Processor::Gpu(gpu.clone());
@@ -76,7 +76,7 @@ impl Tiers {
             Tier::Host => host,
         };
         let copies = Some(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?));
-        Ok(Tiers { device, stepper, copies, params, uploads: [None, None] })
+        Ok(Tiers { device, stepper, copies, params, transfers: [None, None] })
     }
 
     /// The stream of copies to and from the host, if what `apart` says is apart.
@@ -92,6 +92,11 @@ impl Tiers {
     /// The stream on which shards of parameters go up, if they are kept on the host.
     pub fn offloads_params(&self) -> Option<&Arc<Stream>> {
         self.stream(self.params == Tier::Host)
+    }
+
+    /// The stream on which new parameters go to `place`, if they are computed elsewhere.
+    pub fn transfers_to(&self, place: Place) -> Option<&Arc<Stream>> {
+        self.stream(self.state_memory().place() != place)
     }
 
     /// Where the optimizer's state lies.
@@ -139,18 +144,18 @@ impl Tiers {
         Ok(())
     }
 
-    /// Memory for `numel` new parameters on their way up. What was written there the time before last is up, or is waited for when
-    /// this is written.
-    pub fn take_upload(&mut self, dtype: DType, numel: usize) -> Result<Buffer, ZeroError> {
-        self.uploads.rotate_left(1);
-        match self.uploads[0].take() {
+    /// Memory for `numel` new parameters where steps are computed. What was written there the time before last has left, or is
+    /// waited for when this is written.
+    pub fn take_transfer(&mut self, dtype: DType, numel: usize) -> Result<Buffer, ZeroError> {
+        self.transfers.rotate_left(1);
+        match self.transfers[0].take() {
             Some(buffer) if buffer.numel() >= numel && buffer.dtype() == dtype => Ok(buffer),
-            _ => Ok(Buffer::allocate(dtype, numel, &self.device.staging_memory())?),
+            _ => Ok(Buffer::allocate(dtype, numel, &self.state_memory())?),
         }
     }
 
-    /// Takes back what [`Tiers::take_upload`] gave.
-    pub fn keep_upload(&mut self, buffer: Buffer) {
-        self.uploads[0] = Some(buffer);
+    /// Takes back what [`Tiers::take_transfer`] gave.
+    pub fn keep_transfer(&mut self, buffer: Buffer) {
+        self.transfers[0] = Some(buffer);
     }
 }

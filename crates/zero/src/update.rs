@@ -15,7 +15,7 @@ use std::mem::replace;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use shardwise_device::{Buffer, DType, DeviceError, Place, Slice, SliceMut};
+use shardwise_device::{Buffer, DType, DeviceError, Slice, SliceMut};
 use shardwise_kernels::optimizer::{
     Adagrad, Adam, ComputeCopy, Lamb, Lion, Muon, Noise, Sgd, SquaredNorms, States, Tensors, orthogonalize_on,
 };
@@ -54,7 +54,8 @@ impl Zero {
             unreachable!("checked above")
         };
         let stepper = tiers.stepper.clone();
-        let mut target = Target::new(tiers, params.owned_copy(&layout.name, owned.clone())?, trained)?;
+        let copy = params.owned_copy(&layout.name, owned.clone())?;
+        let mut target = Target::new(tiers, copy, &trained.pieces)?;
         for i in 0..trained.pieces.len() {
             let range = trained.pieces[i].range.clone();
             let slot = &layout.slots[trained.pieces[i].slot];
@@ -82,7 +83,11 @@ impl Zero {
                 Moved { grad, master, compute },
             )?;
         }
-        target.finish(trained)?;
+        match self.options.optimizer {
+            // It has moved nothing yet.
+            Optimizer::Lamb(_) => {}
+            _ => target.finish(trained.master.as_ref())?,
+        }
         if let Some(directions) = directions {
             self.step_pool().give_back(directions);
         }
@@ -101,13 +106,14 @@ impl Zero {
             let Unit { layout, owned, params, trained: Some(trained), .. } = &mut units[index] else {
                 continue;
             };
-            let mut target = Target::new(tiers, params.owned_copy(&layout.name, owned.clone())?, trained)?;
+            let copy = params.owned_copy(&layout.name, owned.clone())?;
+            let mut target = Target::new(tiers, copy, &trained.pieces)?;
             let Trained { master, pieces, .. } = &mut *trained;
             for piece in pieces {
                 let (master, copy) = target.master_and_copy(master, piece.range.clone());
                 piece.apply_lamb(update, norms[piece.slot], master, copy)?;
             }
-            target.finish(trained)?;
+            target.finish(trained.master.as_ref())?;
             self.complete(index)?;
         }
         Ok(())
@@ -359,59 +365,52 @@ fn settled_gradient<'a>(
     }
 }
 
-/// Where a unit's new parameters go: to their place in the compute copy, or by pinned memory up to it.
-struct Target<'a> {
+/// Where a unit's new parameters go: to their place in the compute copy, at once or from where the step is computed.
+pub(crate) struct Target<'a> {
     tiers: &'a mut Tiers,
     /// The owned range of the compute copy.
     copy: SliceMut<'a>,
-    /// The same in pinned memory, where the step is the host's and the copy is not there.
-    upload: Option<Buffer>,
-    goes_up: bool,
+    /// The same where the step is computed, if the copy is elsewhere; in fp32 the master weights are.
+    transfer: Option<Buffer>,
 }
 
 impl<'a> Target<'a> {
-    fn new(tiers: &'a mut Tiers, copy: SliceMut<'a>, trained: &Trained) -> Result<Self, ZeroError> {
-        let goes_up = tiers.offloads_optimizer().is_some() && copy.place() != Place::Cpu;
-        // In fp32 the master weights themselves go up.
-        let upload = match goes_up && copy.dtype() != DType::F32 {
-            true => Some(tiers.take_upload(copy.dtype(), copy.numel())?),
-            false => None,
-        };
-        debug_assert!(trained.master.is_some() || copy.dtype() == DType::F32);
-        Ok(Target { tiers, copy, upload, goes_up })
+    /// `pieces` are what is going to be moved: the rest is zero and stays so.
+    pub fn new(tiers: &'a mut Tiers, copy: SliceMut<'a>, pieces: &[Piece]) -> Result<Self, ZeroError> {
+        let is_apart = tiers.transfers_to(copy.place()).is_some() && copy.dtype() != DType::F32;
+        let mut transfer =
+            if is_apart { Some(tiers.take_transfer(copy.dtype(), copy.numel())?) } else { None };
+        let num_moved: usize = pieces.iter().map(|piece| piece.range.len()).sum();
+        if let (Some(transfer), true) = (&mut transfer, num_moved < copy.numel()) {
+            tiers.stepper.zero(transfer.view_mut())?;
+        }
+        Ok(Target { tiers, copy, transfer })
     }
 
     /// The fp32 parameters of `range`, and where their 16-bit copy goes. Without master weights the copy is the parameters.
-    fn master_and_copy<'b>(
+    pub fn master_and_copy<'b>(
         &'b mut self,
         master: &'b mut Option<Buffer>,
         range: Range<usize>,
     ) -> (SliceMut<'b>, Option<SliceMut<'b>>) {
         let Some(master) = master else { return (self.copy.range_mut(range), None) };
-        let copy = match &mut self.upload {
-            Some(upload) => Some(upload.view_mut().into_range(range.clone())),
-            None if self.goes_up => None,
-            // Master weights of an fp32 model whose parameters and optimizer are both on the host.
+        let copy = match &mut self.transfer {
+            Some(transfer) => Some(transfer.view_mut().into_range(range.clone())),
+            None if self.copy.dtype() == DType::F32 => None,
             None => Some(self.copy.range_mut(range.clone())),
         };
         (master.view_mut().into_range(range), copy)
     }
 
-    /// Sends the new parameters up, behind which the next unit is updated.
-    fn finish(self, trained: &Trained) -> Result<(), ZeroError> {
-        let Target { tiers, copy, upload, goes_up } = self;
-        if !goes_up {
-            return Ok(());
-        }
-        let copies = tiers.offloads_optimizer().expect("it goes up").clone();
+    /// Sends the new parameters to their place, while the next unit is updated.
+    pub fn finish(self, master: Option<&Buffer>) -> Result<(), ZeroError> {
+        let Target { tiers, copy, transfer } = self;
+        let Some(copies) = tiers.transfers_to(copy.place()) else { return Ok(()) };
         let numel = copy.numel();
-        match (upload, &trained.master) {
-            (Some(upload), _) => {
-                copies.copy(upload.view().range(0..numel), copy).map_err(DeviceError::from)?;
-                tiers.keep_upload(upload);
-            }
-            (None, Some(master)) => copies.copy(master.view(), copy).map_err(DeviceError::from)?,
-            (None, None) => {}
+        let new = transfer.as_ref().or(master).expect("it is made where steps are computed");
+        copies.copy(new.view().range(0..numel), copy).map_err(DeviceError::from)?;
+        if let Some(transfer) = transfer {
+            tiers.keep_transfer(transfer);
         }
         Ok(())
     }

@@ -147,7 +147,9 @@ impl Zero {
             true => Buffer::allocate(compute, held.len(), &tiers.shard_memory())?,
             false => on_device(compute, held.len())?,
         };
-        let needs_master = layout.trainable && (compute != DType::F32 || offloads);
+        // The compute copy in fp32 is the master copy, where it lies with the optimizer's state.
+        let is_apart = copy.place() != tiers.state_memory().place();
+        let needs_master = layout.trainable && (compute != DType::F32 || is_apart);
         let mut master = needs_master.then(|| of_state(DType::F32, owned.len())).transpose()?;
         let mut scratch = vec![0f32; FILL_NUMEL.min(owned.len())];
         for fragment in layout.fragments(owned.clone()) {
@@ -293,7 +295,7 @@ impl Zero {
     /// A failed collective or allocation.
     pub fn prefetch(&mut self, unit: usize) -> Result<(), ZeroError> {
         // A single rank copies its parameters up, beside the computation.
-        let is_copied_up = self.group().group_size() == 1 && self.tiers.offloads_params().is_some();
+        let is_copied_up = self.lane.is_alone() && self.tiers.offloads_params().is_some();
         if self.lane.is_inline() && !is_copied_up { Ok(()) } else { self.start_gather(unit) }
     }
 

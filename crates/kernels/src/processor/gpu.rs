@@ -1,6 +1,6 @@
 //! A GPU's stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,7 +31,7 @@ impl<T: MachineCode + ?Sized> MachineCode for Arc<T> {
 
 /// A stream of a GPU with the kernels that run there.
 pub struct GpuProcessor {
-    stream: Stream,
+    stream: Arc<Stream>,
     code: Box<dyn MachineCode>,
     loaded: Mutex<Loaded>,
     /// Locked from the first launch until the sums are on the host, so that no two calls share it.
@@ -62,12 +62,13 @@ impl GpuProcessor {
     ///
     /// # Safety
     /// `code` gives what a compiler made of the sources, unchanged.
-    pub unsafe fn new(stream: Stream, code: impl MachineCode + 'static) -> Self {
+    pub unsafe fn new(stream: impl Into<Arc<Stream>>, code: impl MachineCode + 'static) -> Self {
+        let stream = stream.into();
         GpuProcessor { stream, code: Box::new(code), loaded: Mutex::default(), sums: Mutex::default() }
     }
 
     /// Work goes to `stream`, in the order of the calls. Kernels come from NVRTC and its cache.
-    pub fn compiled(stream: Stream, code: Arc<CompiledCode>) -> Self {
+    pub fn compiled(stream: impl Into<Arc<Stream>>, code: Arc<CompiledCode>) -> Self {
         // SAFETY: it compiles the sources, or reads what the user's own cache has of them, by a checksum.
         unsafe { GpuProcessor::new(stream, code) }
     }
@@ -78,7 +79,7 @@ impl GpuProcessor {
     }
 
     /// The stream on which everything runs.
-    pub fn stream(&self) -> &Stream {
+    pub fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 
@@ -124,13 +125,16 @@ impl GpuProcessor {
         if let Some(kernel) = loaded.kernels.get(&entry) {
             return Ok(Arc::clone(kernel));
         }
-        if !loaded.modules.contains_key(&entry.source) {
-            let code = self.code.of(entry.source)?;
-            // SAFETY: what a compiler made, as `new` was promised.
-            let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
-            loaded.modules.insert(entry.source, module);
-        }
-        let kernel = Arc::new(loaded.modules[&entry.source].kernel(entry.name)?);
+        let kernel = match loaded.modules.entry(entry.source) {
+            hash_map::Entry::Occupied(module) => module.get().kernel(entry.name)?,
+            hash_map::Entry::Vacant(place) => {
+                let code = self.code.of(entry.source)?;
+                // SAFETY: what a compiler made, as `new` was promised.
+                let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
+                place.insert(module).kernel(entry.name)?
+            }
+        };
+        let kernel = Arc::new(kernel);
         loaded.kernels.insert(entry, Arc::clone(&kernel));
         Ok(kernel)
     }

@@ -175,8 +175,18 @@ pub fn reduce_changed(zero: &mut Zero, unit: usize, step: usize, microbatch: usi
             Some(buffer(&scaled, compute))
         })
         .collect();
+    if zero.compute_place() != Place::Cpu {
+        return crate::gpu::reduce_on_gpu(zero, unit, microbatch, &grads);
+    }
     let slices: Vec<Option<Slice<'_>>> = grads.iter().map(|grad| grad.as_ref().map(Buffer::view)).collect();
     zero.reduce(unit, microbatch, &slices).unwrap();
+}
+
+/// What a layer does with a gathered unit.
+fn use_unit(zero: &mut Zero, unit: usize) {
+    if zero.compute_place() != Place::Cpu {
+        crate::gpu::use_on_gpu(zero, unit);
+    }
 }
 
 /// What an engine does in a step: gathers forward, gathers and reduces backward, steps.
@@ -202,6 +212,7 @@ pub fn train_step_changed(zero: &mut Zero, step: usize, accum: usize, change: &C
             if unit + 1 < num_units {
                 zero.prefetch(unit + 1).unwrap();
             }
+            use_unit(zero, unit);
             zero.release(unit);
         }
         for unit in (0..num_units).rev() {
@@ -209,6 +220,7 @@ pub fn train_step_changed(zero: &mut Zero, step: usize, accum: usize, change: &C
             if unit > 0 {
                 zero.prefetch(unit - 1).unwrap();
             }
+            use_unit(zero, unit);
             reduce_changed(zero, unit, step, microbatch, change);
             zero.release(unit);
         }

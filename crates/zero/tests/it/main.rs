@@ -6,6 +6,7 @@
 mod accounting;
 mod algorithms;
 mod errors;
+mod gpu;
 mod harness;
 mod mesh;
 mod mesh_harness;
