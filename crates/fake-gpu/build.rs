@@ -11,7 +11,8 @@ fn main() {
     println!("cargo:rerun-if-changed=cpp");
     println!("cargo:rerun-if-changed={}", cuda.display());
 
-    let mut sources = vec![here.join("cpp/driver.cpp"), here.join("cpp/host.cpp"), here.join("cpp/broken.cu")];
+    let mut sources =
+        vec![here.join("cpp/driver.cpp"), here.join("cpp/host.cpp"), here.join("cpp/broken.cu")];
     let listed = std::fs::read_dir(&cuda).expect("the kernels' sources are beside this crate");
     let mut kernels: Vec<_> = listed.map(|entry| entry.expect("a listed file").path()).collect();
     kernels.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
@@ -46,7 +47,15 @@ struct Compiler {
 
 fn build() -> cc::Build {
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").pic(true).opt_level(1).debug(false).warnings(false).flag("-Wall").flag("-Werror");
+    build
+        .cpp(true)
+        .std("c++17")
+        .pic(true)
+        .opt_level(1)
+        .debug(false)
+        .warnings(false)
+        .flag("-Wall")
+        .flag("-Werror");
     build
 }
 
@@ -59,7 +68,12 @@ fn driver_compiler() -> cc::Tool {
 fn kernel_compiler(here: &Path, cuda: &Path) -> cc::Tool {
     let mut build = build();
     build.flag("-ffp-contract=off").flag("-fno-strict-aliasing").flag("-U_FORTIFY_SOURCE");
-    build.flag("-include").flag(here.join("cpp/host.h")).include(cuda).include(here.join("cpp")).get_compiler()
+    build
+        .flag("-include")
+        .flag(here.join("cpp/host.h"))
+        .include(cuda)
+        .include(here.join("cpp"))
+        .get_compiler()
 }
 
 fn run(command: &mut Command) {

@@ -136,7 +136,12 @@ impl Member {
                 Seen::Reached => break Ok(()),
                 Seen::Left => {
                     let group = self.name.clone();
-                    break Err(self.universe.fail(&CommError::Left { rank, waiting_rank, group, call: *call }));
+                    break Err(self.universe.fail(&CommError::Left {
+                        rank,
+                        waiting_rank,
+                        group,
+                        call: *call,
+                    }));
                 }
                 Seen::Poisoned | Seen::Nothing => {
                     if let Err(verdict) = self.universe.check() {
@@ -255,9 +260,8 @@ impl ProcessGroup for Member {
         let demand = self.accept(self.caller().subgroup(name, ranks))?;
         let founder = self.ranks.iter().position(|&rank| rank == ranks[0]).expect("checked above");
         let place = ranks.iter().position(|&rank| rank == self.universe.rank());
-        let segment = self.collective(demand, |x| {
-            collectives::share_segment(x, founder, place.is_some(), ranks.len())
-        })?;
+        let segment = self
+            .collective(demand, |x| collectives::share_segment(x, founder, place.is_some(), ranks.len()))?;
         let anchor = Arc::clone(&self.anchor);
         Ok(place.zip(segment).map(|(me, segment)| {
             let universe = Arc::clone(&self.universe);
@@ -374,6 +378,12 @@ impl Exchange<'_> {
             return Ok(());
         };
         let (rank, other_rank) = (ranks[0], ranks[other]);
-        Err(self.member.universe.fail(&CommError::Mismatch { group: name.clone(), rank, call, other_rank, other_call }))
+        Err(self.member.universe.fail(&CommError::Mismatch {
+            group: name.clone(),
+            rank,
+            call,
+            other_rank,
+            other_call,
+        }))
     }
 }

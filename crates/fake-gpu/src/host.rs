@@ -62,9 +62,7 @@ impl HostKernels {
     /// The addresses in the call are valid for what the kernel does.
     pub unsafe fn launch<P: Params>(&self, launch: &Launch<P>, order: Order) -> Result<(), String> {
         // SAFETY: the structure is a `P`, alive during this call; the rest is this function's contract.
-        unsafe {
-            self.launch_raw(launch.entry().name, launch.plan(), launch.params(), size_of::<P>(), order)
-        }
+        unsafe { self.launch_raw(launch.entry().name, launch.plan(), launch.params(), size_of::<P>(), order) }
     }
 
     /// Runs the kernel `name` with the structure at `params`.

@@ -141,7 +141,9 @@ fn blocks_are_of_any_size() {
                     back.copy_from_slice(buffer.typed().unwrap());
                 } else {
                     stream(&gpu).fill(buffer.view_mut(), 7).unwrap();
-                    stream(&gpu).copy_and_wait(buffer.view(), shardwise_device::SliceMut::of(&mut back)).unwrap();
+                    stream(&gpu)
+                        .copy_and_wait(buffer.view(), shardwise_device::SliceMut::of(&mut back))
+                        .unwrap();
                 }
                 assert_eq!(back, vec![7; bytes]);
             }

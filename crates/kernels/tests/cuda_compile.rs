@@ -11,7 +11,8 @@ use std::sync::{Arc, OnceLock};
 
 use shardwise_fake_gpu::FakeGpu;
 use shardwise_kernels::cuda::{
-    Arch, CompiledCode, CudaKernelError, Header, KernelCache, Nvrtc, Origin, Program, Search, Source, entry_points,
+    Arch, CompiledCode, CudaKernelError, Header, KernelCache, Nvrtc, Origin, Program, Search, Source,
+    entry_points,
 };
 use shardwise_kernels::processor::MachineCode;
 

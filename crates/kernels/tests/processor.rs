@@ -41,8 +41,7 @@ impl Array {
 
     /// In memory of `processor`, from element `offset` on.
     fn put(&self, processor: &Processor, offset: usize) -> Buffer {
-        let mut buffer =
-            Buffer::allocate(self.dtype, offset + self.numel(), &processor.memory()).unwrap();
+        let mut buffer = Buffer::allocate(self.dtype, offset + self.numel(), &processor.memory()).unwrap();
         let mut staged = Buffer::allocate(self.dtype, self.numel(), &Memory::Host).unwrap();
         staged.view_mut().bytes().copy_from_slice(&self.bytes);
         processor.copy(staged.view(), buffer.view_mut().into_range(offset..offset + self.numel())).unwrap();
@@ -229,9 +228,8 @@ fn check_step<const K: usize>(
         compare(&format!("{what}, {numel} elements, {copy:?}, {noise:?}"), |processor| {
             let (grad, mut master) = (grad.put(processor, offset), master.put(processor, offset));
             let mut states = states.each_ref().map(|state| state.put(processor, offset));
-            let mut compute = copy.map(|dtype| {
-                Buffer::allocate(dtype, offset + numel, &processor.memory()).unwrap()
-            });
+            let mut compute =
+                copy.map(|dtype| Buffer::allocate(dtype, offset + numel, &processor.memory()).unwrap());
             let range = offset..offset + numel;
             // Twice, as each step depends on the last.
             for _ in 0..2 {
@@ -407,7 +405,8 @@ fn memory_that_is_elsewhere_is_an_error_and_nothing_is_queued() {
         elsewhere(processor.sums_of_squares(&[here.view(), there.view()]).map(drop));
         let lion = Lion { lr: 1e-3, beta1: 0.9, beta2: 0.99, weight_decay: 0.1 };
         let states = [there.view_mut()];
-        let slices = StepSlices { grad: here_too.view(), master: here.view_mut(), states, noise: None, compute: None };
+        let slices =
+            StepSlices { grad: here_too.view(), master: here.view_mut(), states, noise: None, compute: None };
         elsewhere(processor.lion(&lion, 1.0, slices));
         gpu.synchronize().unwrap();
         assert_eq!(fake.num_ran(), ran);
@@ -447,7 +446,9 @@ fn pinned_memory_serves_the_hosts_processor_behind_streams() {
         let mut updated = Buffer::allocate(DType::F32, 4000, &processor.staging_memory()).unwrap();
         for _ in 0..3 {
             let before = Array::get(&processor, on_gpu.view());
-            processor.accumulate(&[Piece::Data(before.put(&processor, 0).view())], on_gpu.view_mut()).unwrap();
+            processor
+                .accumulate(&[Piece::Data(before.put(&processor, 0).view())], on_gpu.view_mut())
+                .unwrap();
             copies.copy(on_gpu.view(), staged.view_mut()).unwrap();
             host().scale(staged.view(), 0.25, updated.view_mut()).unwrap();
             copies.copy(updated.view(), on_gpu.view_mut()).unwrap();

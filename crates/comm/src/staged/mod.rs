@@ -267,13 +267,7 @@ impl Staged {
     }
 
     /// Orders the copies of a call among the compute stream's work, if some memory has no log, and runs it piece by piece.
-    fn run(
-        &self,
-        places: Places,
-        total: usize,
-        step: usize,
-        pieces: &mut impl Pieces,
-    ) -> Result<(), Fault> {
+    fn run(&self, places: Places, total: usize, step: usize, pieces: &mut impl Pieces) -> Result<(), Fault> {
         if places != (Places::Gpu { is_unlogged: true }) {
             return self.run_pieces(total, step, pieces);
         }

@@ -12,7 +12,11 @@ use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
 pub enum Ground<'a> {
     Host,
     /// On a GPU, in memory that logs who uses it or, like libtorch's, is used in the order of one stream.
-    Gpu { gpu: &'a Gpu, compute: &'a Stream, log: Log },
+    Gpu {
+        gpu: &'a Gpu,
+        compute: &'a Stream,
+        log: Log,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +39,8 @@ impl<'a> Placed<'a> {
             return Placed { ground, buffer: host, _pinned: None };
         };
         let allocate = |memory| Buffer::allocate(host.dtype(), host.numel(), &memory).unwrap();
-        let (mut pinned, buffer) = (allocate(Memory::Pinned(gpu.clone())), allocate(Memory::Gpu(gpu.clone())));
+        let (mut pinned, buffer) =
+            (allocate(Memory::Pinned(gpu.clone())), allocate(Memory::Gpu(gpu.clone())));
         pinned.view_mut().bytes().copy_from_slice(host.view().bytes());
         let mut placed = Placed { ground, buffer, _pinned: None };
         if host.numel() > 0 {

@@ -256,7 +256,10 @@ fn arguments_that_cannot_be_right_are_the_callers_error() {
         };
         result.unwrap_err().to_string()
     });
-    assert_eq!(errors[1], "`reduce_scatter` in group `world` of `2` ranks: the input has `5` elements, expected `4`");
+    assert_eq!(
+        errors[1],
+        "`reduce_scatter` in group `world` of `2` ranks: the input has `5` elements, expected `4`"
+    );
     assert_eq!(errors[0], format!("rank `1` gave up: {}", errors[1]));
 }
 
@@ -270,7 +273,11 @@ fn memory_of_another_gpu_is_refused() {
         rank.group.all_reduce(on_gpu(&elsewhere, 9).view_mut()).unwrap_err()
     });
     assert!(matches!(&errors[1], CommError::Device { operation: Operation::AllReduce, .. }), "{}", errors[1]);
-    assert!(errors[1].to_string().contains("a stream of GPU `0` was given memory on `cuda:1`"), "{}", errors[1]);
+    assert!(
+        errors[1].to_string().contains("a stream of GPU `0` was given memory on `cuda:1`"),
+        "{}",
+        errors[1]
+    );
     assert!(matches!(&errors[0], CommError::GaveUp { rank: 1, .. }), "{}", errors[0]);
 }
 

@@ -1,11 +1,11 @@
 //! The same on a real GPU. Ignored unless asked for: `cargo test -p shardwise-device --test cuda -- --ignored`.
 
+use crate::programs::{call, run};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use shardwise_device::cuda::{Driver, Inventory, Timing};
 use shardwise_device::{Buffer, BufferPool, DType, Memory};
 use shardwise_fake_gpu::stream;
-use crate::programs::{call, run};
 
 #[test]
 #[ignore = "needs a GPU"]

@@ -1,7 +1,7 @@
 //! What can go wrong on a processor.
 
-use shardwise_device::{DeviceError, Place};
 use shardwise_device::cuda::CudaError;
+use shardwise_device::{DeviceError, Place};
 
 use crate::cuda::CudaKernelError;
 

@@ -174,17 +174,13 @@ impl GpuProcessor {
             }
         }
         let to_type = float_type(to.dtype());
-        self.for_each_piece(pieces, to, |from, segments| {
-            Pack::scale(from, to_type, factor, segments).next()
-        })
+        self.for_each_piece(pieces, to, |from, segments| Pack::scale(from, to_type, factor, segments).next())
     }
 
     pub(super) fn accumulate(&self, pieces: &[Piece<'_>], sum: SliceMut<'_>) -> Result<(), ProcessorError> {
         self.require_pieces(pieces, sum.as_slice())?;
         let to_type = float_type(sum.dtype());
-        self.for_each_piece(pieces, sum, |from, segments| {
-            Pack::accumulate(from, to_type, segments).next()
-        })
+        self.for_each_piece(pieces, sum, |from, segments| Pack::accumulate(from, to_type, segments).next())
     }
 
     /// Checks everything before anything is queued.
@@ -254,7 +250,9 @@ impl GpuProcessor {
         let num_sums = parts.len() + parts.iter().map(num_blocks).sum::<usize>();
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let sums = match &mut *sums {
-            Some(sums) if sums.made.numel() >= num_sums * F64 && sums.told.numel() >= parts.len() * F64 => sums,
+            Some(sums) if sums.made.numel() >= num_sums * F64 && sums.told.numel() >= parts.len() * F64 => {
+                sums
+            }
             sums => {
                 let bytes = |memory, numel| Buffer::allocate(DType::U8, numel * F64, &memory);
                 sums.insert(Sums {
