@@ -15,7 +15,7 @@ fn main() {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .files(["shim/autograd.cpp", "shim/allocator.cpp"])
+        .files(["shim/autograd.cpp", "shim/allocator.cpp", "shim/cuda.cpp"])
         // libtorch's headers are not ours to warn about.
         .flag(format!("-isystem{}", libtorch.join("include").display()))
         .flag_if_supported("-Wno-unused-parameter")

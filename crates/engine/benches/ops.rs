@@ -40,13 +40,14 @@ fn main() {
     set_num_threads(1);
     let x = leaf(&[batch, seq, hidden]);
     let width = leaf(&[hidden]);
-    time("rms_norm", &[&x, &width], || ops::rms_norm(&x, &width, 1e-5).expect("shapes fit"));
+    let asking = Context::inference(None);
+    time("rms_norm", &[&x, &width], || ops::rms_norm(&asking, &x, &width, 1e-5).expect("shapes fit"));
     for (name, out, input) in
         [("linear d -> d", hidden, hidden), ("linear d -> f", mlp, hidden), ("linear f -> d", hidden, mlp)]
     {
         let (x, w) = (leaf(&[batch, seq, input]), leaf(&[out, input]));
         time(name, &[&x, &w], || {
-            ops::linear(&shardwise_engine::Context::inference(None), &x, &w, None).expect("shapes fit")
+            ops::linear(&asking, &x, &w, None).expect("shapes fit")
         });
     }
     let head_dim = hidden / heads;
@@ -54,11 +55,11 @@ fn main() {
     let table = rotary.table(seq as usize).expect("a table fits");
     let q = leaf(&[batch, seq, heads, head_dim]);
     let (k, v) = (q.detach().set_requires_grad(true), q.detach().set_requires_grad(true));
-    time("rotary", &[&q], || table.rotate(&q).expect("shapes fit"));
+    time("rotary", &[&q], || table.rotate(&asking, &q).expect("shapes fit"));
     time("causal_attention", &[&q, &k, &v], || ops::causal_attention(&q, &k, &v).expect("shapes fit"));
     time("  plain", &[&q, &k, &v], || ops::causal_attention_plain(&q, &k, &v).expect("shapes fit"));
     let (gate, up) = (leaf(&[batch, seq, mlp]), leaf(&[batch, seq, mlp]));
-    time("swiglu", &[&gate, &up], || ops::swiglu(&gate, &up).expect("shapes fit"));
+    time("swiglu", &[&gate, &up], || ops::swiglu(&asking, &gate, &up).expect("shapes fit"));
     let residual = leaf(&[batch, seq, hidden]);
     time("residual", &[&x, &residual], || &x + &residual);
     let random = Randomness { seed: 1, first_row: 0, num_rows: batch as usize };
@@ -70,7 +71,7 @@ fn main() {
     });
     let w = leaf(&[vocab, hidden]);
     let target = Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu));
-    time("head with loss", &[&x, &w], || ops::linear_cross_entropy(&x, &w, &target).expect("shapes fit"));
+    time("head with loss", &[&x, &w], || ops::linear_cross_entropy(&asking, &x, &w, &target).expect("shapes fit"));
     time("head with loss, plain", &[&x, &w], || {
         ops::linear_cross_entropy_plain(&x, &w, &target).expect("shapes fit")
     });

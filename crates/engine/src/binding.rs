@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use shardwise_plan::LayerSpec;
-use shardwise_torch::{FlatTensor, Tensor};
+use shardwise_torch::{Device, FlatTensor, Tensor};
 use shardwise_zero::Zero;
 
 use crate::EngineError;
@@ -72,6 +72,7 @@ impl Binding {
 pub(crate) fn bind(
     zero: &mut Zero,
     specs: &[LayerSpec],
+    device: Device,
 ) -> Result<(Vec<FlatTensor>, Vec<Binding>), EngineError> {
     let mut flats = Vec::new();
     let mut found = HashMap::new();
@@ -81,14 +82,14 @@ pub(crate) fn bind(
         let layout = zero.layout(unit);
         // SAFETY: the copy stays at `ptr` until `release`; the engine points the tensor elsewhere, or at nothing,
         // whenever the copy moves or goes, and drops all tensors before `zero`.
-        let mut flat = unsafe { FlatTensor::new(ptr, layout.padded_numel, zero.compute_dtype())? };
+        let mut flat = unsafe { FlatTensor::new(ptr, layout.padded_numel, zero.compute_dtype(), device)? };
         for (slot, s) in layout.slots.iter().enumerate() {
             let shape: Vec<i64> = s.param.shape.iter().map(|&dim| dim as i64).collect();
             let leaf = flat.leaf(s.offset, &shape, layout.trainable)?;
             found.insert(s.param.name.clone(), (Place { unit, slot }, s.param.shape.clone(), leaf));
         }
         zero.release(unit);
-        if zero.stage().shards_parameters() {
+        if zero.gathers() {
             flat.forget_memory()?;
         }
         flats.push(flat);

@@ -12,11 +12,13 @@ use shardwise_plan::pattern::matches_pattern;
 use shardwise_plan::pipeline::{Action, loss_turn};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{ActivationPolicy, ActivationRules, LayerSpec, ParamSpec};
-use shardwise_torch::{FlatTensor, Tensor, memory};
+use shardwise_torch::{Device, FlatTensor, Tensor, memory};
 use shardwise_zero::{Groups, Zero, ZeroOptions};
 
 use crate::binding::{Binding, bind};
 use crate::gradients::PartialGradient;
+use crate::home::Home;
+use crate::parked::Garage;
 use crate::source::ParamSource;
 use crate::stage::{PipelineOptions, Stage};
 use crate::transport::Transport;
@@ -39,6 +41,9 @@ pub struct EngineOptions {
     pub pipeline: PipelineOptions,
     /// What tensor-parallel ranks keep between linear maps.
     pub sequence: SequenceParallel,
+    /// Where layers run. On a GPU it is that of `zero.gpu`, whose stream libtorch has been told to use. The host beside such a
+    /// processor is for tests, in which its memory stands in for a GPU's.
+    pub device: Device,
 }
 
 impl EngineOptions {
@@ -52,6 +57,7 @@ impl EngineOptions {
             seed: 0,
             pipeline: PipelineOptions::default(),
             sequence: SequenceParallel::Off,
+            device: Device::Cpu,
         }
     }
 }
@@ -84,6 +90,9 @@ pub struct Engine {
     pub(crate) head_chunk_rows: Option<usize>,
     pub(crate) seed: u64,
     pub(crate) observer: Box<dyn FnMut(Phase) + Send>,
+    pub(crate) home: Home,
+    /// Where the inputs of layers wait that are offloaded; none on the host.
+    pub(crate) garage: Option<Garage>,
     pub(crate) tensor: TensorParallel,
     pub(crate) transport: Transport,
     pub(crate) zero: Zero,
@@ -135,6 +144,7 @@ impl Engine {
         source: &mut dyn ParamSource,
     ) -> Result<Self, EngineError> {
         memory::install();
+        let home = Home::new(&options)?;
         let specs: Vec<_> = layers.iter().map(|layer| layer.spec()).collect();
         if layers.is_empty() {
             return Err(EngineError::NoLayers);
@@ -170,14 +180,14 @@ impl Engine {
             };
             Zero::on_mesh(units, options.zero, groups, stage.placement(), &mut fill)?
         };
-        let (flats, bindings) = bind(&mut zero, &stage.local)?;
+        let (flats, bindings) = bind(&mut zero, &stage.local, home.device)?;
         let mut num_users = vec![0; flats.len()];
         for unit in bindings.iter().flat_map(|binding| &binding.units) {
             num_users[*unit] += 1;
         }
         let (partial, shared_heads) = partial_gradients(&stage, &zero, &ranks, options.sequence)?;
         let tied = tied_units(&stage, &zero, &ranks)?;
-        let transport = Transport::new(&ranks.pipeline, &stage.schedule)?;
+        let transport = Transport::new(&ranks.pipeline, &stage.schedule, home.clone())?;
         let mut all: Vec<_> = layers.into_iter().map(Some).collect();
         let own = stage.layers.iter().map(|&layer| all[layer].take().expect("a layer is in one part"));
         Ok(Engine {
@@ -198,8 +208,10 @@ impl Engine {
             head_chunk_rows: options.head_chunk_rows,
             seed: options.seed,
             observer: Box::new(|_| {}),
-            tensor: TensorParallel::new(ranks.tensor.clone(), options.sequence),
+            tensor: TensorParallel::new(ranks.tensor.clone(), options.sequence, home.place),
             transport,
+            garage: Garage::new(&home)?,
+            home,
             zero,
             stage,
             ranks,
@@ -216,11 +228,13 @@ impl Engine {
         (self.observer)(Phase::Gather);
         for &unit in &self.bindings[layer].units {
             let ptr = self.zero.gather(unit)?;
-            if self.zero.stage().shards_parameters() {
+            if self.zero.gathers() {
                 // SAFETY: the copy stays at `ptr` until `release`, and parameters change in `step` only, when no graph
                 // is alive.
                 unsafe { self.flats[unit].point_to(ptr)? };
             }
+            // Libtorch's work on a GPU is not seen by the log of the copy's memory: it stands between this and `end_use`.
+            self.zero.begin_use(unit)?;
         }
         Ok(())
     }
@@ -249,8 +263,9 @@ impl Engine {
 
     /// Lets a layer's parameters go, where they are sharded.
     pub(crate) fn release(&mut self, layer: usize) -> Result<(), EngineError> {
-        if self.zero.stage().shards_parameters() {
-            for &unit in &self.bindings[layer].units {
+        for &unit in &self.bindings[layer].units {
+            self.zero.end_use(unit)?;
+            if self.zero.gathers() {
                 self.flats[unit].forget_memory()?;
                 self.zero.release(unit);
             }

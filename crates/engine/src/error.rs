@@ -114,6 +114,12 @@ pub enum EngineError {
         /// Its shape.
         shape: Vec<i64>,
     },
+    /// libtorch would compute where the sharded state is not.
+    #[error("layers are to run on `{device}`, but `zero.gpu` is not a processor of that GPU")]
+    NoProcessor {
+        /// Where layers are to run.
+        device: String,
+    },
     /// A model without layers.
     #[error("a model needs at least one layer")]
     NoLayers,

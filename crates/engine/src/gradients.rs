@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 
 use shardwise_comm::Group;
-use shardwise_device::DType;
+use shardwise_device::{DType, Slice};
 use shardwise_torch::{Kind, Tensor};
 
-use crate::slices::{dtype_of, slice, slice_mut};
+use crate::home::Home;
+use crate::slices::dtype_of;
 use crate::{Engine, EngineError, Phase};
 
 /// Gradients of a step, until every layer that uses a unit has added its own.
@@ -94,11 +95,11 @@ impl Engine {
                 Some(grad) => grad.f_view([-1]),
                 None => {
                     let numel = slots[partial.slot].param.numel() as i64;
-                    Tensor::f_zeros([numel], (kind, shardwise_torch::Device::Cpu))
+                    Tensor::f_zeros([numel], (kind, self.home.device))
                 }
             });
             let mut sum = Tensor::f_cat(&flat.collect::<Result<Vec<_>, _>>()?, 0)?;
-            self.tensor.timed(|| first.group.all_reduce(slice_mut(&mut sum)))?;
+            self.tensor.timed(|| first.group.all_reduce(self.home.slice_mut(&mut sum)))?;
             let mut start = 0;
             for partial in now {
                 let param = &slots[partial.slot].param;
@@ -119,14 +120,15 @@ impl Engine {
     ) -> Result<(), EngineError> {
         (self.observer)(Phase::Reduce);
         let dtype = self.zero.compute_dtype();
+        let home = &self.home;
         let slices: Vec<_> =
-            grads.iter().map(|grad| grad.as_ref().map(|grad| checked(grad, dtype))).collect();
+            grads.iter().map(|grad| grad.as_ref().map(|grad| checked(home, grad, dtype))).collect();
         Ok(self.zero.reduce(unit, microbatch, &slices)?)
     }
 }
 
 /// A gradient's memory. Autograd gives a gradient its parameter's type: were it another, we would read other numbers in silence.
-fn checked(grad: &Tensor, dtype: DType) -> shardwise_device::Slice<'_> {
+fn checked<'a>(home: &Home, grad: &'a Tensor, dtype: DType) -> Slice<'a> {
     assert_eq!(dtype_of(grad), Some(dtype), "a gradient is {:?}", grad.kind());
-    slice(grad)
+    home.slice(grad)
 }

@@ -74,7 +74,8 @@ impl Engine {
         positions: Positions,
     ) -> Result<Tensor, EngineError> {
         let num_stages = self.stage.stages.num_stages();
-        let mut x = input.shallow_clone();
+        let mut x = self.home.bring(input)?;
+        let target = target.map(|target| self.home.bring(target)).transpose()?;
         for part in self.stage.parts.clone() {
             // The part before is on the stage before, or on this one if there is no other.
             if part.index > 0 && num_stages > 1 {
@@ -85,7 +86,7 @@ impl Engine {
                 if is_last && positions == Positions::Last && x.dim() > 1 {
                     x = x.f_narrow(1, x.size()[1] - 1, 1)?.f_contiguous()?;
                 }
-                x = self.run_layer(layer, &x, target)?;
+                x = self.run_layer(layer, &x, target.as_ref())?;
             }
             if !part.is_last && num_stages > 1 {
                 self.transport.send(Payload::Activation, (part.index + 1) % num_stages, &x)?;
@@ -96,7 +97,7 @@ impl Engine {
         }
         let last = num_stages - 1;
         let result = (self.stage.stage == last).then_some(x);
-        let result = broadcast(&self.ranks.pipeline, last, result)?;
+        let result = broadcast(&self.ranks.pipeline, &self.home, last, result)?;
         self.transport.finish()?;
         Ok(result)
     }
@@ -110,7 +111,7 @@ impl Engine {
         self.gather(index)?;
         // A text to go on with is of any length: every rank has all of its tokens.
         let tensor = self.tensor.with_all_tokens();
-        let context = Context { tensor: Some(&tensor), ..Context::inference(target) };
+        let context = Context { tensor: Some(&tensor), gpu: self.home.gpu.as_ref(), ..Context::inference(target) };
         let (layer, params) = (&self.layers[index], self.bindings[index].params());
         let x = no_grad(|| layer.forward(&context, &params, x)).map_err(|e| self.at(index, "forward", e))?;
         let x = self.own_output(index, x)?;

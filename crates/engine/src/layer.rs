@@ -1,5 +1,8 @@
 //! What a model is made of.
 
+use std::sync::Arc;
+
+use shardwise_kernels::processor::GpuProcessor;
 use shardwise_plan::LayerSpec;
 use shardwise_torch::Tensor;
 
@@ -49,12 +52,22 @@ pub struct Context<'a> {
     pub tensor: Option<&'a TensorParallel>,
     /// Where linear maps leave what the gradients of their matrices follow from, if these are to be computed later.
     pub deferred: Option<&'a DeferredWeights>,
+    /// What runs our kernels where tensors are on a GPU: on the stream that libtorch uses.
+    pub gpu: Option<&'a Arc<GpuProcessor>>,
 }
 
 impl<'a> Context<'a> {
     /// The context of a model that does not learn.
     pub fn inference(target: Option<&'a Tensor>) -> Self {
-        Context { target, random: None, loss_scale: 1.0, head_chunk_rows: None, tensor: None, deferred: None }
+        Context {
+            target,
+            random: None,
+            loss_scale: 1.0,
+            head_chunk_rows: None,
+            tensor: None,
+            deferred: None,
+            gpu: None,
+        }
     }
 }
 

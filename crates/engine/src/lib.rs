@@ -20,6 +20,7 @@ mod engine;
 mod error;
 mod export;
 mod gradients;
+mod home;
 mod infer;
 mod layer;
 pub mod ops;

@@ -89,7 +89,10 @@ impl Engine {
                     Held::Graph(Graph { input, output: output.shallow_clone(), deferred })
                 }
                 ActivationPolicy::Recompute => Held::Input(Parked::here(input)),
-                ActivationPolicy::Offload => Held::Input(Parked::in_host_memory(&input)?),
+                ActivationPolicy::Offload => Held::Input(match &mut self.garage {
+                    Some(garage) => garage.park(&input, &self.home)?,
+                    None => Parked::here(input),
+                }),
             });
         }
         Ok((Pass { batch, held, input: kind }, output))
@@ -118,8 +121,10 @@ impl Engine {
             head_chunk_rows: self.head_chunk_rows,
             tensor: Some(&self.tensor),
             deferred,
+            gpu: self.home.gpu.as_ref(),
         };
         let params = self.bindings[index].params();
+        let _span = self.home.span(|| format!("{pass} {}", self.stage.local[index].name))?;
         self.layers[index].forward(&context, &params, input).map_err(|e| self.at(index, pass, e))
     }
 
@@ -162,6 +167,9 @@ impl Engine {
                         && !matches!(pass.held[before - part.layers.start], Held::Nothing)
                 });
                 self.prefetch(before)?;
+                if let Some(before) = before {
+                    self.fetch_input(&mut pass.held[before - part.layers.start])?;
+                }
                 let graph = self.graph(index, &pass.batch, layer)?;
                 (self.observer)(Phase::Backward);
                 let dy = match dy {
@@ -186,17 +194,27 @@ impl Engine {
         // A part that does not use its input gives back zeros: the other stage waits for something.
         if grad.is_none() && part.learns_before && half != Half::Weights {
             let (size, kind) = &pass.input;
-            grad = Some(Tensor::f_zeros(size.as_slice(), (*kind, shardwise_torch::Device::Cpu))?);
+            grad = Some(Tensor::f_zeros(size.as_slice(), (*kind, self.home.device))?);
         }
         Ok(grad)
     }
 
+    /// Starts to bring back what is held of a layer, if it is away.
+    fn fetch_input(&mut self, held: &mut Held) -> Result<(), EngineError> {
+        *held = match std::mem::replace(held, Held::Nothing) {
+            Held::Input(parked) => Held::Input(parked.fetched(self.garage.as_mut(), &self.home)?),
+            other => other,
+        };
+        Ok(())
+    }
+
     /// A layer's graph: the one that was kept, or one made anew.
-    fn graph(&self, index: usize, batch: &Batch, layer: Held) -> Result<Graph, EngineError> {
+    fn graph(&mut self, index: usize, batch: &Batch, layer: Held) -> Result<Graph, EngineError> {
         match layer {
             Held::Graph(graph) => Ok(graph),
             Held::Input(parked) => {
-                let (input, deferred) = (parked.back()?, self.new_deferred());
+                let input = parked.back(self.garage.as_mut(), &self.home)?;
+                let deferred = self.new_deferred();
                 let output = self.call(index, batch, &input, deferred.as_ref(), "forward once more")?;
                 Ok(Graph { input, output, deferred })
             }
@@ -218,6 +236,7 @@ impl Engine {
             // Recomputed, and it has used nothing that learns.
             return Ok((None, Vec::new()));
         }
+        let _span = self.home.span(|| format!("backward {}", self.stage.local[index].name))?;
         let params: Vec<&Tensor> = self.bindings[index].trainable().map(|(_, tensor)| tensor).collect();
         let through = |wanted: &[&Tensor], grad: Through| {
             let grads = if wanted.is_empty() { Ok(Vec::new()) } else { grad(&[output], &[Some(dy)], wanted) };

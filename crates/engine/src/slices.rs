@@ -15,25 +15,26 @@ pub(crate) fn dtype_of(tensor: &Tensor) -> Option<DType> {
     }
 }
 
-/// A contiguous tensor's elements.
+/// A contiguous tensor's elements, in the memory of `place`. A GPU's are ordered by the stream that libtorch uses; no log is kept of
+/// them.
 ///
 /// # Panics
 /// If the tensor is not contiguous, or no float of 16 or 32 bits.
-pub(crate) fn slice(tensor: &Tensor) -> Slice<'_> {
+pub(crate) fn slice_at(tensor: &Tensor, place: Place) -> Slice<'_> {
     let dtype = dtype(tensor);
-    // SAFETY: a contiguous host tensor of this type holds its elements from `data_ptr` on, for as long as it lives; nobody
+    // SAFETY: a contiguous tensor of this type holds its elements from `data_ptr` on, for as long as it lives; nobody
     // writes to a tensor that is sent or summed.
-    unsafe { Slice::from_raw(start(tensor), tensor.numel(), dtype, Place::Cpu) }
+    unsafe { Slice::from_raw(start(tensor), tensor.numel(), dtype, place) }
 }
 
 /// The elements of a contiguous tensor whose memory nobody else has seen yet.
 ///
 /// # Panics
-/// As [`slice()`].
-pub(crate) fn slice_mut(tensor: &mut Tensor) -> SliceMut<'_> {
+/// As [`slice_at`].
+pub(crate) fn slice_mut_at(tensor: &mut Tensor, place: Place) -> SliceMut<'_> {
     let dtype = dtype(tensor);
-    // SAFETY: as in `slice`; the callers have made its memory and nobody else reads or writes it now.
-    unsafe { SliceMut::from_raw(start(tensor), tensor.numel(), dtype, Place::Cpu) }
+    // SAFETY: as in `slice_at`; the callers have made its memory and nobody else reads or writes it now.
+    unsafe { SliceMut::from_raw(start(tensor), tensor.numel(), dtype, place) }
 }
 
 fn dtype(tensor: &Tensor) -> DType {

@@ -36,7 +36,8 @@ struct Progress {
     outputs: HashMap<Piece, Tensor>,
     input_grads: HashMap<Piece, Tensor>,
     gradients: Gradients,
-    loss_sum: f64,
+    /// Of this rank's micro-batches. Looked at once, at the end: on a GPU that waits for all work before.
+    losses: Vec<Tensor>,
 }
 
 impl Engine {
@@ -76,7 +77,10 @@ impl Engine {
                 Action::Step => {
                     (self.observer)(Phase::Step);
                     // Ranks of a tensor group have the same loss.
-                    let loss = if self.stage.tensor_rank == 0 { progress.loss_sum } else { 0.0 };
+                    let mut loss = 0.0;
+                    for part in progress.losses.drain(..).filter(|_| self.stage.tensor_rank == 0) {
+                        loss += part.f_double_value(&[])?;
+                    }
                     step = Some(self.zero.step(lr, &[loss])?);
                     // All ranks have been in the step, and have taken every message before.
                     self.transport.finish()?;
@@ -147,6 +151,8 @@ impl Engine {
         let Piece { microbatch, chunk } = piece;
         if let std::collections::hash_map::Entry::Vacant(entry) = progress.batches.entry(microbatch) {
             let batch = batch(microbatch).map_err(|source| EngineError::Batch { microbatch, source })?;
+            let (input, target) = (self.home.bring(&batch.input)?, self.home.bring(&batch.target)?);
+            let batch = Batch { input, target, ..batch };
             entry.insert((Rc::new(batch), self.stage.parts.len()));
         }
         let batch = progress.batches[&microbatch].0.clone();
@@ -163,7 +169,7 @@ impl Engine {
             if output.numel() != 1 {
                 return Err(EngineError::LossNotScalar { shape: output.size() });
             }
-            progress.loss_sum += output.f_double_value(&[])?;
+            progress.losses.push(output.f_detach()?);
             return Ok(());
         }
         let output = output.f_detach()?;

@@ -6,14 +6,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, Group, ProcessGroup};
+use shardwise_device::{Place, Slice, SliceMut};
 use shardwise_plan::zoo::SequenceParallel;
-use shardwise_torch::TorchError;
+use shardwise_torch::{Tensor, TorchError};
+
+use crate::slices::{slice_at, slice_mut_at};
 
 /// The tensor-parallel ranks of a layer: how many there are, which one this is, what they keep between linear maps.
 #[derive(Clone)]
 pub struct TensorParallel {
     group: Group,
     sequence: SequenceParallel,
+    /// Where tensors are.
+    place: Place,
     /// What went wrong between ranks in a backward pass: libtorch carries only its text.
     failure: Arc<Mutex<Option<CommError>>>,
     /// Time in collectives so far.
@@ -21,9 +26,9 @@ pub struct TensorParallel {
 }
 
 impl TensorParallel {
-    /// The ranks of `group`.
-    pub fn new(group: Group, sequence: SequenceParallel) -> Self {
-        TensorParallel { group, sequence, failure: Arc::default(), nanoseconds: Arc::default() }
+    /// The ranks of `group`, whose tensors are in the memory of `place`.
+    pub fn new(group: Group, sequence: SequenceParallel, place: Place) -> Self {
+        TensorParallel { group, sequence, place, failure: Arc::default(), nanoseconds: Arc::default() }
     }
 
     /// How many ranks there are.
@@ -44,6 +49,16 @@ impl TensorParallel {
     /// The same ranks, each with all tokens: samples of any length.
     pub fn with_all_tokens(&self) -> Self {
         TensorParallel { sequence: SequenceParallel::Off, ..self.clone() }
+    }
+
+    /// A contiguous tensor's elements.
+    pub(crate) fn slice<'a>(&self, tensor: &'a Tensor) -> Slice<'a> {
+        slice_at(tensor, self.place)
+    }
+
+    /// The elements of a contiguous tensor that nobody else has seen yet.
+    pub(crate) fn slice_mut<'a>(&self, tensor: &'a mut Tensor) -> SliceMut<'a> {
+        slice_mut_at(tensor, self.place)
     }
 
     /// Runs a collective of these ranks.

@@ -15,13 +15,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
+use shardwise_comm::{CommQueue, Group, ProcessGroup, Work};
 use shardwise_device::{Slice, SliceMut};
 use shardwise_plan::pipeline::{Action, Payload, Schedule};
-use shardwise_torch::{Device, Kind, Tensor};
+use shardwise_torch::{Kind, Tensor};
 
 use crate::EngineError;
-use crate::slices::{slice, slice_mut};
+use crate::home::Home;
 
 /// From a stage, to a stage, of a kind.
 type Key = (usize, usize, Payload);
@@ -29,6 +29,7 @@ type Key = (usize, usize, Payload);
 /// All channels of one stage.
 pub(crate) struct Transport {
     stage: usize,
+    home: Home,
     outgoing: BTreeMap<Key, Outgoing>,
     incoming: BTreeMap<Key, Group>,
     waited: Duration,
@@ -54,7 +55,7 @@ impl Transport {
     ///
     /// # Collective
     /// `pipeline`. Every rank calls with the same schedule.
-    pub fn new(pipeline: &Group, schedule: &Schedule) -> Result<Self, EngineError> {
+    pub fn new(pipeline: &Group, schedule: &Schedule, home: Home) -> Result<Self, EngineError> {
         let stages = 0..schedule.num_stages();
         let keys: BTreeSet<Key> = stages
             .flat_map(|stage| schedule.actions(stage).iter().filter_map(move |&action| key_of(stage, action)))
@@ -78,7 +79,7 @@ impl Transport {
                 incoming.insert(key, group);
             }
         }
-        Ok(Transport { stage, outgoing, incoming, waited: Duration::ZERO })
+        Ok(Transport { stage, home, outgoing, incoming, waited: Duration::ZERO })
     }
 
     /// Sends a tensor, which nobody writes to any more.
@@ -87,10 +88,11 @@ impl Transport {
         let header = header(&tensor)?;
         let key = (self.stage, to, payload);
         let channel = self.outgoing.get_mut(&key).expect("the schedule names every channel");
+        let home = self.home.clone();
         let work = channel.queue.submit(move |group| {
             group.send_ahead(Slice::of(&header), 1)?;
             if tensor.numel() > 0 {
-                group.send_ahead(slice(&tensor), 1)?;
+                group.send_ahead(home.slice(&tensor), 1)?;
             }
             Ok(())
         });
@@ -103,7 +105,7 @@ impl Transport {
         let start = Instant::now();
         let group =
             self.incoming.get(&(from, self.stage, payload)).expect("the schedule names every channel");
-        let tensor = receive(&**group)?;
+        let tensor = receive(&**group, &self.home)?;
         self.waited += start.elapsed();
         Ok(tensor)
     }
@@ -169,18 +171,18 @@ fn header(tensor: &Tensor) -> Result<[u8; HEADER_NUMEL * 8], EngineError> {
 }
 
 /// Memory for what a header announces.
-fn announced(header: &[u8; HEADER_NUMEL * 8]) -> Tensor {
+fn announced(header: &[u8; HEADER_NUMEL * 8], home: &Home) -> Result<Tensor, EngineError> {
     let number = |i: usize| u64::from_le_bytes(header[8 * i..8 * i + 8].try_into().expect("eight bytes"));
     let size: Vec<i64> = (0..number(1) as usize).map(|dim| number(2 + dim) as i64).collect();
-    Tensor::empty(size.as_slice(), (KINDS[number(0) as usize], Device::Cpu))
+    Ok(Tensor::f_empty(size.as_slice(), (KINDS[number(0) as usize], home.device))?)
 }
 
-fn receive(group: &dyn ProcessGroup) -> Result<Tensor, CommError> {
+fn receive(group: &dyn ProcessGroup, home: &Home) -> Result<Tensor, EngineError> {
     let mut header = [0; HEADER_NUMEL * 8];
     group.recv(SliceMut::of(&mut header), 0)?;
-    let mut tensor = announced(&header);
+    let mut tensor = announced(&header, home)?;
     if tensor.numel() > 0 {
-        group.recv(slice_mut(&mut tensor), 0)?;
+        group.recv(home.slice_mut(&mut tensor), 0)?;
     }
     Ok(tensor)
 }
@@ -189,17 +191,25 @@ fn receive(group: &dyn ProcessGroup) -> Result<Tensor, CommError> {
 ///
 /// # Collective
 /// `group`. Every rank calls; only `root` has a tensor.
-pub(crate) fn broadcast(group: &Group, root: usize, tensor: Option<Tensor>) -> Result<Tensor, EngineError> {
+pub(crate) fn broadcast(
+    group: &Group,
+    home: &Home,
+    root: usize,
+    tensor: Option<Tensor>,
+) -> Result<Tensor, EngineError> {
     let mut head = [0; HEADER_NUMEL * 8];
     let contiguous = tensor.map(|tensor| tensor.f_detach()?.f_contiguous()).transpose()?;
     if let Some(tensor) = &contiguous {
         head = header(tensor)?;
     }
     group.broadcast(SliceMut::of(&mut head), root)?;
-    let mut tensor = contiguous.unwrap_or_else(|| announced(&head));
+    let mut tensor = match contiguous {
+        Some(tensor) => tensor,
+        None => announced(&head, home)?,
+    };
     if tensor.numel() > 0 {
         // The root's memory is only read.
-        group.broadcast(slice_mut(&mut tensor), root)?;
+        group.broadcast(home.slice_mut(&mut tensor), root)?;
     }
     Ok(tensor)
 }

@@ -36,7 +36,7 @@ impl Layer for LmHead {
     ) -> Result<Tensor, EngineError> {
         let weight = params.get(&format!("{}.weight", self.norm_key))?;
         let x = match self.norm {
-            FinalNorm::Rms { eps } => ops::rms_norm(input, weight, eps)?,
+            FinalNorm::Rms { eps } => ops::rms_norm(context, input, weight, eps)?,
             FinalNorm::Layer { eps } => {
                 ops::layer_norm(input, weight, params.get(&format!("{}.bias", self.norm_key))?, eps)?
             }

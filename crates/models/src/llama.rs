@@ -59,9 +59,9 @@ impl Layer for Block {
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
         let eps = self.config.rms_norm_eps;
-        let normed = ops::rms_norm(x_btd, params.get("input_layernorm.weight")?, eps)?;
+        let normed = ops::rms_norm(context, x_btd, params.get("input_layernorm.weight")?, eps)?;
         let x_btd = x_btd.f_add(&self.attention(context, params, &normed)?)?;
-        let normed = ops::rms_norm(&x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
+        let normed = ops::rms_norm(context, &x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
         Ok(x_btd.f_add(&self.mlp(context, params, &normed)?)?)
     }
 }
@@ -81,7 +81,7 @@ impl Block {
             Ok(x.f_view([b, t, -1, self.config.head_dim as i64])?)
         };
         let table = self.table.lock().expect("nobody panics while holding the table");
-        let (q_bthe, k_btke) = (table.rotate(&heads("q_proj")?)?, table.rotate(&heads("k_proj")?)?);
+        let (q_bthe, k_btke) = (table.rotate(context, &heads("q_proj")?)?, table.rotate(context, &heads("k_proj")?)?);
         drop(table);
         let v_btke = heads("v_proj")?;
         let out_bthe = ops::dropped_causal_attention(context, &self.dropout, &q_bthe, &k_btke, &v_btke)?;
@@ -92,7 +92,7 @@ impl Block {
         let x_btd = ops::enter(context, x_btd)?;
         let gate_btf = self.linear(context, params, "mlp.gate_proj", &x_btd)?;
         let up_btf = self.linear(context, params, "mlp.up_proj", &x_btd)?;
-        self.row_linear(context, params, "mlp.down_proj", &ops::swiglu(&gate_btf, &up_btf)?)
+        self.row_linear(context, params, "mlp.down_proj", &ops::swiglu(context, &gate_btf, &up_btf)?)
     }
 
     fn linear(

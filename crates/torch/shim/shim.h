@@ -41,4 +41,23 @@ struct SwMemoryStats {
 SwMemoryStats sw_memory_stats();
 void sw_reset_peak();
 void sw_release_cached();
+
+// The folder of libtorch's libraries: to be freed like a message; null if the system does not say.
+char* sw_library_folder();
+
+// Loads libtorch's CUDA for the process and says how many GPUs it sees.
+char* sw_cuda_load(int32_t* num_gpus);
+// What this thread does on GPU `ordinal` from now on goes to `stream`, a cudaStream_t.
+char* sw_cuda_use_stream(int32_t ordinal, void* stream);
+// A copy of a host tensor on GPU `ordinal`, queued on the current stream, by way of pinned memory.
+char* sw_cuda_upload(at::Tensor* tensor, int32_t ordinal, at::Tensor** result);
+// Operations that have a form without atomic additions take it; those that have none fail.
+char* sw_cuda_set_deterministic(uint8_t on);
+// libtorch's memory on a GPU: in use by tensors, and taken from the driver.
+struct SwCudaMemory {
+  uint64_t allocated_bytes, peak_allocated_bytes, reserved_bytes, peak_reserved_bytes, num_device_allocations;
+};
+char* sw_cuda_memory(int32_t ordinal, SwCudaMemory* memory);
+char* sw_cuda_reset_peak(int32_t ordinal);
+char* sw_cuda_release_cached();
 }

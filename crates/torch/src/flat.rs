@@ -13,7 +13,7 @@ use tch::{Device, Tensor};
 use crate::sys::{check, raw, sw_set_storage};
 use crate::{TorchError, kind_of};
 
-/// A one-dimensional tensor over borrowed, movable host memory.
+/// A one-dimensional tensor over borrowed, movable memory of the host or of a GPU.
 #[derive(Debug)]
 pub struct FlatTensor {
     tensor: Tensor,
@@ -21,18 +21,23 @@ pub struct FlatTensor {
 }
 
 impl FlatTensor {
-    /// A tensor of `numel` elements at `ptr`.
+    /// A tensor of `numel` elements at `ptr`, in the memory of `device`.
     ///
     /// # Safety
-    /// `ptr` must be aligned and valid for `numel` elements of `dtype` whenever the tensor or a view of it is used,
+    /// `ptr` must be aligned and valid for `numel` elements of `dtype` there whenever the tensor or a view of it is used,
     /// until [`FlatTensor::point_to`] names another place or [`FlatTensor::forget_memory`] none.
     ///
     /// # Errors
     /// What libtorch says.
-    pub unsafe fn new(ptr: NonNull<u8>, numel: usize, dtype: DType) -> Result<Self, TorchError> {
+    pub unsafe fn new(
+        ptr: NonNull<u8>,
+        numel: usize,
+        dtype: DType,
+        device: Device,
+    ) -> Result<Self, TorchError> {
         // SAFETY: the caller vouches for the memory.
         let tensor =
-            unsafe { Tensor::f_from_blob(ptr.as_ptr(), &[numel as i64], &[1], kind_of(dtype), Device::Cpu)? };
+            unsafe { Tensor::f_from_blob(ptr.as_ptr(), &[numel as i64], &[1], kind_of(dtype), device)? };
         Ok(FlatTensor { tensor, num_bytes: numel * dtype.size_bytes() })
     }
 
@@ -90,7 +95,7 @@ mod tests {
         let mut first = Buffer::zeroed(DType::F32, 16, Place::Cpu).unwrap();
         first.typed_mut::<f32>().unwrap()[4..].copy_from_slice(&weights);
         // SAFETY: `first` outlives every use before `forget_memory`.
-        let mut flat = unsafe { FlatTensor::new(first.as_ptr(), 16, DType::F32) }.unwrap();
+        let mut flat = unsafe { FlatTensor::new(first.as_ptr(), 16, DType::F32, Device::Cpu) }.unwrap();
         let w = flat.leaf(4, &[3, 4], true).unwrap();
         let x = Tensor::from_slice(&[1f32, -2.0, 3.0, 0.5]).view([1, 4]).set_requires_grad(true);
         let y = x.matmul(&w.tr()).relu();

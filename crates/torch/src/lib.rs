@@ -5,11 +5,13 @@
 //! - [`autograd::grad`]: gradients of a layer's outputs with given output gradients, as values;
 //! - [`FlatTensor`]: a tensor over memory that the engine owns, may take away and bring back elsewhere;
 //! - [`function::link`]: differentiable functions whose backward is Rust;
-//! - [`memory`]: a host allocator that keeps large blocks, and its statistics.
+//! - [`memory`]: a host allocator that keeps large blocks, and its statistics;
+//! - [`cuda`]: libtorch's CUDA by dlopen, on a stream of ours.
 //!
 //! Callers use tch's `f_*` methods, which return errors; [`TorchError`] keeps what libtorch said.
 
 pub mod autograd;
+pub mod cuda;
 mod error;
 mod flat;
 pub mod function;
@@ -21,6 +23,8 @@ pub use flat::FlatTensor;
 pub use tch;
 pub use tch::{Device, Kind, Tensor, no_grad};
 
+use std::path::PathBuf;
+
 use shardwise_device::DType;
 
 /// The libtorch element type of a buffer's element type.
@@ -31,6 +35,12 @@ pub const fn kind_of(dtype: DType) -> Kind {
         DType::F16 => Kind::Half,
         DType::U8 => Kind::Uint8,
     }
+}
+
+/// The folder that libtorch's libraries were loaded from, if the system says.
+pub fn library_folder() -> Option<PathBuf> {
+    // SAFETY: asks the dynamic linker.
+    sys::text(unsafe { sys::sw_library_folder() }).map(PathBuf::from)
 }
 
 /// Sets how many threads libtorch uses inside one operation, for the whole process.

@@ -37,6 +37,16 @@ pub(crate) struct MemoryStats {
     pub num_segments: u64,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct CudaMemory {
+    pub allocated_bytes: u64,
+    pub peak_allocated_bytes: u64,
+    pub reserved_bytes: u64,
+    pub peak_reserved_bytes: u64,
+    pub num_device_allocations: u64,
+}
+
 unsafe extern "C" {
     pub(crate) fn sw_free_message(message: *mut c_char);
     pub(crate) fn sw_grad(
@@ -64,6 +74,18 @@ unsafe extern "C" {
     pub(crate) fn sw_memory_stats() -> MemoryStats;
     pub(crate) fn sw_reset_peak();
     pub(crate) fn sw_release_cached();
+    pub(crate) fn sw_library_folder() -> *mut c_char;
+    pub(crate) fn sw_cuda_load(num_gpus: *mut i32) -> *mut c_char;
+    pub(crate) fn sw_cuda_use_stream(ordinal: i32, stream: *mut c_void) -> *mut c_char;
+    pub(crate) fn sw_cuda_upload(
+        tensor: *const AtTensor,
+        ordinal: i32,
+        result: *mut *mut AtTensor,
+    ) -> *mut c_char;
+    pub(crate) fn sw_cuda_set_deterministic(on: u8) -> *mut c_char;
+    pub(crate) fn sw_cuda_memory(ordinal: i32, memory: *mut CudaMemory) -> *mut c_char;
+    pub(crate) fn sw_cuda_reset_peak(ordinal: i32) -> *mut c_char;
+    pub(crate) fn sw_cuda_release_cached() -> *mut c_char;
 }
 
 /// The `at::Tensor` behind a tch tensor.
@@ -89,15 +111,21 @@ pub(crate) unsafe fn borrow(pointer: *const AtTensor) -> Option<Tensor> {
     (!pointer.is_null()).then(|| unsafe { Tensor::clone_from_ptr(pointer.cast_mut().cast()) })
 }
 
-/// Turns the shim's message into a result.
-pub(crate) fn check(operation: &'static str, message: *mut c_char) -> Result<(), TorchError> {
+/// Takes a text from the shim; null is none.
+pub(crate) fn text(message: *mut c_char) -> Option<String> {
     if message.is_null() {
-        return Ok(());
+        return None;
     }
     // SAFETY: the shim returns a NUL-terminated string that is ours to read and to free once.
     let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
     // SAFETY: as above; the text was copied.
     unsafe { sw_free_message(message) };
+    Some(text)
+}
+
+/// Turns the shim's message into a result.
+pub(crate) fn check(operation: &'static str, message: *mut c_char) -> Result<(), TorchError> {
+    let Some(text) = text(message) else { return Ok(()) };
     let message = text.lines().next().unwrap_or_default().to_owned();
     Err(TorchError::Shim { operation, message })
 }

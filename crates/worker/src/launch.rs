@@ -1,6 +1,7 @@
 //! What the environment says: which rank this is, how to find the others, who listens.
 
 use std::env;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use shardwise_monitor::EventWriter;
@@ -19,6 +20,38 @@ pub struct Launch {
     pub threads: Option<usize>,
     /// How this rank is to fail, in tests.
     pub fault: Option<Fault>,
+    /// What a run on GPUs loads, and where it keeps what it compiles.
+    pub libraries: Libraries,
+}
+
+/// Where libraries and the cache of compiled kernels are.
+#[derive(Debug, Clone)]
+pub struct Libraries {
+    /// `SHARDWISE_NVRTC`: a library or its folder, instead of looking for it.
+    pub nvrtc: Option<PathBuf>,
+    /// `SHARDWISE_NCCL`: likewise.
+    pub nccl: Option<PathBuf>,
+    /// `SHARDWISE_CACHE`, or `shardwise` in the user's cache.
+    pub cache: PathBuf,
+}
+
+impl Libraries {
+    fn from_env() -> Self {
+        let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let user_cache = || {
+            let cache = path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
+            cache.map_or_else(|| env::temp_dir().join(format!("shardwise-{}", uid())), |cache| cache.join("shardwise"))
+        };
+        Libraries {
+            nvrtc: path("SHARDWISE_NVRTC"),
+            nccl: path("SHARDWISE_NCCL"),
+            cache: path("SHARDWISE_CACHE").unwrap_or_else(user_cache),
+        }
+    }
+}
+
+fn uid() -> u32 {
+    rustix::process::getuid().as_raw()
 }
 
 /// The line to the supervisor; silent if there is none.
@@ -61,7 +94,8 @@ impl Launch {
             env::var("SHARDWISE_RUN_ID").or_else(|_| env::var("TORCHELASTIC_RUN_ID")).unwrap_or_default();
         let rendezvous = format!("{address}:{port}:{run_id}");
         let fault = fault(world_size)?.filter(|fault| fault.rank == rank);
-        Ok(Launch { rank, world_size, rendezvous, threads: number("SHARDWISE_THREADS")?, fault })
+        let libraries = Libraries::from_env();
+        Ok(Launch { rank, world_size, rendezvous, threads: number("SHARDWISE_THREADS")?, fault, libraries })
     }
 }
 

@@ -14,6 +14,7 @@ mod eval;
 mod failure;
 mod fault;
 mod generate;
+mod gpu;
 mod inference;
 mod launch;
 mod model;
@@ -22,6 +23,7 @@ mod resume;
 mod sampling;
 mod saving;
 mod telemetry;
+mod trace;
 mod train;
 
 use std::ffi::OsString;

@@ -8,6 +8,7 @@ use shardwise_models::HfSource;
 use shardwise_plan::zoo::ModelConfig;
 
 use crate::failure::Failure;
+use crate::gpu::RankGpu;
 use crate::options;
 use crate::resume::{Blank, Resumed};
 
@@ -33,6 +34,7 @@ impl Model {
         run: &RunConfig,
         ranks: Ranks,
         threads: Threads,
+        gpu: Option<&RankGpu>,
         resumed: Option<&Resumed>,
     ) -> Result<Engine, Failure> {
         let layers = shardwise_models::build(&self.config)?;
@@ -46,7 +48,7 @@ impl Model {
             }
             _ => &mut random,
         };
-        let options = options::engine_options(run, &self.config, threads)?;
+        let options = options::engine_options(run, &self.config, threads, gpu)?;
         let mut engine = Engine::new(layers, options, ranks, source)?;
         if let Some(resumed) = resumed {
             resumed.load(&mut engine)?;

@@ -1,7 +1,7 @@
 //! From the run's configuration to the engine's options, setting by setting.
 
 use shardwise_config as config;
-use shardwise_config::{NamePattern, RunConfig};
+use shardwise_config::{NamePattern, OffloadTo, RunConfig};
 use shardwise_device::DType;
 use shardwise_engine::{EngineOptions, PipelineOptions};
 use shardwise_kernels::Threads;
@@ -10,10 +10,11 @@ use shardwise_plan::zoo::ModelConfig;
 use shardwise_zero::{
     AdagradOptions, AdamOptions, BiasCorrection, Direction, DynamicLossScale, GradientOp, HysteresisRefill,
     LambOptions, LionOptions, LossScaling, MuonOptions, Offload, OnNonFinite, Optimizer, ParamGroup,
-    Predivide, ReductionOptions, SgdOptions, StatePrecision, ZeroOptions,
+    Predivide, ReductionOptions, SgdOptions, StatePrecision, Tier, ZeroOptions,
 };
 
 use crate::failure::Failure;
+use crate::gpu::RankGpu;
 use crate::model::num_cores;
 
 /// What the engine is told of this run and this model.
@@ -21,6 +22,7 @@ pub fn engine_options(
     run: &RunConfig,
     model: &ModelConfig,
     threads: Threads,
+    gpu: Option<&RankGpu>,
 ) -> Result<EngineOptions, Failure> {
     Ok(EngineOptions {
         zero: ZeroOptions {
@@ -36,8 +38,8 @@ pub fn engine_options(
             },
             overlap: run.overlap(num_cores(), threads.get()),
             threads,
-            gpu: None,
-            offload: Offload::default(),
+            gpu: gpu.map(|gpu| gpu.processor().clone()),
+            offload: offload(run),
             loss_scaling: run.loss_scaling.map(loss_scaling).transpose()?,
             on_non_finite: match (run.non_finite_grads, run.train.max_consecutive_skips) {
                 (config::NonFiniteGrads::Apply, _) => OnNonFinite::Apply,
@@ -54,6 +56,7 @@ pub fn engine_options(
         seed: run.seed,
         pipeline: pipeline(run, model)?,
         sequence: run.parallel.sequence,
+        device: gpu.map_or(shardwise_torch::Device::Cpu, RankGpu::device),
     })
 }
 
@@ -67,7 +70,16 @@ fn pipeline(run: &RunConfig, model: &ModelConfig) -> Result<PipelineOptions, Fai
     Ok(PipelineOptions { schedule, stages: Some(stages.map_err(Failure::configuration)?) })
 }
 
-fn dtype(float: config::FloatType) -> DType {
+/// What is kept on the host beside a GPU. Without one, everything is there anyway.
+fn offload(run: &RunConfig) -> Offload {
+    let tier = |to: OffloadTo| match to {
+        OffloadTo::Device => Tier::Device,
+        OffloadTo::Host => Tier::Host,
+    };
+    Offload { optimizer: tier(run.zero.offload.optimizer), params: tier(run.zero.offload.params) }
+}
+
+pub fn dtype(float: config::FloatType) -> DType {
     match float {
         config::FloatType::Fp32 => DType::F32,
         config::FloatType::Bf16 => DType::Bf16,

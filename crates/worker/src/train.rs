@@ -13,7 +13,7 @@ use shardwise_engine::{Batch, BoxError, Engine, Ranks, TrainReport};
 use shardwise_kernels::Threads;
 use shardwise_monitor::{Outcome, PrintEvery, RunDir, StepMetrics, peak_rss_bytes};
 use shardwise_plan::Overlap;
-use shardwise_torch::{Tensor, memory, set_num_threads};
+use shardwise_torch::{Tensor, cuda, memory, set_num_threads};
 use shardwise_zero::StepOutcome;
 
 use crate::TrainArgs;
@@ -21,12 +21,14 @@ use crate::cores;
 use crate::data::{self, TextTokenizer, Tokens};
 use crate::eval::HeldOut;
 use crate::failure::Failure;
+use crate::gpu::RankGpu;
 use crate::launch::Launch;
 use crate::model::{Model, num_cores};
 use crate::resume::{self, Resumed};
 use crate::sampling::{Sampling, continue_tokens};
 use crate::saving::{Fixed, Saver};
 use crate::telemetry::Telemetry;
+use crate::trace::Tracer;
 
 /// Tokens of the sample at the end.
 const SAMPLE_TOKENS: usize = 120;
@@ -62,6 +64,8 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     set_num_threads(threads.get());
     memory::install();
 
+    // First of all that asks libtorch for anything: what it has is registered once.
+    let gpu = RankGpu::open(config, launch.rank, &launch.libraries, &telemetry)?;
     let dir = RunDir::new(&args.out);
     let resumed = resume::find(&args.resume, dir.path())?;
     if let Some(resumed) = &resumed {
@@ -88,9 +92,13 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     options.deadline = Duration::from_secs_f64(config.parallel.deadline_s);
     options.fingerprint = fingerprint(&loaded, args, resumed.as_ref(), threads);
     let group = shm::join(options)?;
+    let group = match &gpu {
+        Some(gpu) => gpu.group(group, config, &launch.libraries, &telemetry)?,
+        None => group,
+    };
     telemetry.phase("building the model");
     let ranks = Ranks::new(group.clone(), config.parallel.mesh())?;
-    let mut engine = model.build(config, ranks, threads, resumed.as_ref())?;
+    let mut engine = model.build(config, ranks, threads, gpu.as_ref(), resumed.as_ref())?;
 
     let fixed = Fixed {
         mesh: Mesh {
@@ -105,15 +113,18 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     };
     let saver = Saver::new(config.checkpoint, dir.checkpoints(), fixed, &engine, &telemetry)?;
     let first_step = resumed.as_ref().map_or(0, Resumed::step);
-    let mut run = Run { config, launch, loader, held_out, stop, telemetry: &telemetry, first_step, saver };
+    let tracer = Tracer::new(config.trace, dir.path(), launch.rank);
+    let mut run = Run { config, launch, gpu: gpu.as_ref(), loader, held_out, stop, telemetry: &telemetry, first_step, saver, tracer };
     run.evaluate(&mut engine, run.first_step)?;
     let end = run.train(&mut engine)?;
+    run.tracer.finish(&mut engine)?;
     run.saver.finish(&engine)?;
     if end == End::Finished {
         run.evaluate(&mut engine, config.steps)?;
         telemetry.phase("saving the model");
         // Nothing of a step is needed any more, and writing needs a whole unit in fp32.
         memory::release_cached();
+        gpu.iter().try_for_each(|_| cuda::release_cached())?;
         shardwise_models::save_hf(&mut engine, &dir.model(), &model.json)?;
         if let Some(text) = &tokenizer {
             if launch.rank == 0 {
@@ -132,6 +143,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
 struct Run<'a> {
     config: &'a RunConfig,
     launch: &'a Launch,
+    gpu: Option<&'a RankGpu>,
     loader: Loader,
     held_out: Option<HeldOut>,
     stop: Arc<AtomicBool>,
@@ -139,6 +151,7 @@ struct Run<'a> {
     /// Steps done before, by the run that this one resumes.
     first_step: u64,
     saver: Saver<'a>,
+    tracer: Tracer,
 }
 
 impl Run<'_> {
@@ -146,6 +159,7 @@ impl Run<'_> {
     fn train(&mut self, engine: &mut Engine) -> Result<End, Failure> {
         for step in self.first_step..self.config.steps {
             self.telemetry.begin_step(step + 1);
+            self.tracer.begin_step(step + 1, engine, self.gpu)?;
             if let Some(fault) = self.launch.fault.filter(|fault| fault.step == step + 1) {
                 fault.arm(engine);
             }
@@ -162,6 +176,7 @@ impl Run<'_> {
             // The step's time and bytes include what is still under way on the side thread.
             engine.zero().drain()?;
             let step_s = start.elapsed().as_secs_f64();
+            self.tracer.end_step(step + 1, start, engine)?;
             let exposed_s = (engine.exposed_comm() - exposed_before).as_secs_f64();
             let sent = engine.sent_bytes() - sent_before;
             let stop = self.stop.load(Ordering::Relaxed);
@@ -173,10 +188,11 @@ impl Run<'_> {
                 exposed_s,
                 f64::from(u8::from(stop)),
                 self.saver.standing(),
+                self.gpu.map_or(Ok(0), RankGpu::peak_bytes)? as f64,
             ];
             let ranks = engine.zero().exchange(&mine)?;
             let most = |i: usize| ranks.iter().map(|rank| rank[i]).fold(0.0, f64::max);
-            let most_of = [most(0), most(1), most(2), most(3)];
+            let most_of = [most(0), most(1), most(2), most(3), most(6)];
             self.telemetry.step(self.metrics(step + 1, lr, &report, most_of))?;
             self.saver.proceed(ranks.iter().map(|rank| rank[5]))?;
             match report.step.outcome {
@@ -246,8 +262,8 @@ impl Run<'_> {
         Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row })
     }
 
-    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 4]) -> StepMetrics {
-        let [sent_bytes, rss_bytes, step_s, exposed_comm_s] = most;
+    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 5]) -> StepMetrics {
+        let [sent_bytes, rss_bytes, step_s, exposed_comm_s, device_bytes] = most;
         let tokens = (self.config.batch.global_batch_size * self.config.data.seq_len) as u64;
         StepMetrics {
             step,
@@ -267,7 +283,7 @@ impl Run<'_> {
             exposed_comm_s,
             comm_bytes: sent_bytes as u64,
             peak_rss_mb: rss_bytes / (1u64 << 20) as f64,
-            device_peak_mb: None,
+            device_peak_mb: self.gpu.map(|_| device_bytes / (1u64 << 20) as f64),
         }
     }
 

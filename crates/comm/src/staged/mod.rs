@@ -134,7 +134,8 @@ impl Staged {
             if expected != got {
                 return Err(CudaError::WrongGpu { what: "compute stream", expected, got });
             }
-            Ok((gpu.stream(Priority::High)?, gpu.stream(Priority::High)?, gpu.event(Timing::Untimed)?))
+            let (down, up) = (gpu.stream(Priority::High)?, gpu.stream(Priority::High)?);
+            Ok((down.named("collectives, down"), up.named("collectives, up"), gpu.event(Timing::Untimed)?))
         };
         let (down, up, fence) = make().map_err(|error| {
             let error = CommError::device(operation, inner.name(), DeviceError::from(error));

@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::os::raw::c_int;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::api::{self, Api, Code, Handle};
+use super::memory::Kind;
 use super::queue::Queue;
-use super::{CudaError, Driver, GpuInfo};
+use super::{CudaError, Driver, GpuInfo, trace};
 use crate::DType;
 
 /// An opened GPU. Clones are the same opening; the last one closes it.
@@ -27,6 +29,29 @@ struct Inner {
     spare_events: Mutex<Vec<Handle>>,
     /// The first error that a destructor met.
     lost: Mutex<Option<CudaError>>,
+    /// What buffers hold of its memory, and of the host's, pinned.
+    held: [Meter; 2],
+    trace: trace::Slot,
+}
+
+/// Bytes that are held.
+#[derive(Default)]
+struct Meter {
+    now: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+/// What the buffers of one opening hold. libtorch's memory is its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldMemory {
+    /// Of the GPU's memory, now.
+    pub device_bytes: usize,
+    /// Of the GPU's memory, the most so far.
+    pub peak_device_bytes: usize,
+    /// Of the host's memory, pinned, now.
+    pub pinned_bytes: usize,
+    /// Of the host's memory, pinned, the most so far.
+    pub peak_pinned_bytes: usize,
 }
 
 /// Memory of a GPU.
@@ -58,6 +83,8 @@ impl Gpu {
             housekeeping: Queue::new(Handle::NULL),
             spare_events: Mutex::default(),
             lost: Mutex::default(),
+            held: <[Meter; 2]>::default(),
+            trace: trace::Slot::default(),
         };
         // From here on, dropping `inner` undoes what was done.
         inner.housekeeping = Queue::new(inner.create_stream(0)?);
@@ -107,6 +134,34 @@ impl Gpu {
             },
         )?;
         Ok(info)
+    }
+
+    /// What buffers hold.
+    pub fn held_memory(&self) -> HeldMemory {
+        let [device, pinned] = &self.0.held;
+        let read = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
+        HeldMemory {
+            device_bytes: read(&device.now),
+            peak_device_bytes: read(&device.peak),
+            pinned_bytes: read(&pinned.now),
+            peak_pinned_bytes: read(&pinned.peak),
+        }
+    }
+
+    pub(super) fn trace_slot(&self) -> &trace::Slot {
+        &self.0.trace
+    }
+
+    /// Counts memory that a buffer has taken.
+    pub(super) fn count_taken(&self, kind: Kind, bytes: usize) {
+        let meter = &self.0.held[kind as usize];
+        let now = meter.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        meter.peak.fetch_max(now, Ordering::Relaxed);
+    }
+
+    /// Counts memory that a buffer has given back.
+    pub(super) fn count_given_back(&self, kind: Kind, bytes: usize) {
+        self.0.held[kind as usize].now.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Lets kernels and copies of this GPU reach the memory of `peer` directly. Without it, copies between the two

@@ -99,6 +99,7 @@ impl CudaMemory {
 
     fn owned(gpu: &Gpu, kind: Kind, ptr: *mut u8, num_bytes: usize) -> Self {
         let ptr = NonNull::new(ptr).expect("the driver gives memory an address when it reports success");
+        gpu.count_taken(kind, num_bytes);
         CudaMemory { kind, ptr, num_bytes, uses: Uses::new(gpu) }
     }
 
@@ -118,6 +119,7 @@ impl Drop for CudaMemory {
             return;
         }
         let (ptr, num_bytes) = (self.ptr.as_ptr(), self.num_bytes);
+        gpu.count_given_back(self.kind, num_bytes);
         let asked = || format!("free `{num_bytes}` bytes");
         match self.kind {
             Kind::Device => gpu.free("cuMemFree", asked, |api| {

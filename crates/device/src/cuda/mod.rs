@@ -28,17 +28,19 @@ mod memory;
 mod queue;
 mod rank;
 mod stream;
+mod trace;
 mod uses;
 
 pub use driver::Driver;
 pub use error::CudaError;
 pub use event::{Event, Timing};
-pub use gpu::{Gpu, MemoryInfo};
+pub use gpu::{Gpu, HeldMemory, MemoryInfo};
 pub use info::{Capability, DriverVersion, GpuInfo, PeerLink};
 pub use inventory::{GpuReport, Inventory};
 pub use kernel::{Args, Grid, Kernel, Module, Scalar};
 pub use rank::{Sharing, gpu_for_rank};
 pub use stream::{Priority, Stream};
+pub use trace::{Span, SpanGuard, Trace};
 pub use uses::Access;
 
 pub(crate) use memory::{CudaMemory, Kind};

@@ -4,12 +4,15 @@ use std::sync::{Arc, Mutex};
 
 use super::api::{Api, Code, Handle};
 use super::gpu::{Scope, lock};
+use super::trace::Recording;
 use super::uses::{Identity, Mark, Touch, wait_on_queue};
-use super::{CudaError, Gpu};
+use super::{CudaError, Event, Gpu};
 
 /// A stream of the driver with an identity that is never used again, as its handle may be.
 pub(super) struct Queue {
     handle: Handle,
+    /// For timelines.
+    name: &'static str,
     identity: Identity,
     /// The number of the last mark. Held while work is queued, so that numbers follow the queue's order.
     last: Mutex<u64>,
@@ -17,11 +20,19 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new(handle: Handle) -> Self {
-        Queue { handle, identity: Identity::new(), last: Mutex::new(0) }
+        Queue { handle, name: "stream", identity: Identity::new(), last: Mutex::new(0) }
     }
 
     pub(super) fn handle(&self) -> Handle {
         self.handle
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    pub(super) fn set_name(&mut self, name: &'static str) {
+        self.name = name;
     }
 
     /// Queues work that touches logged memory: behind the uses it conflicts with, and followed by a mark.
@@ -43,8 +54,18 @@ impl Queue {
             [] => None,
             _ => Some(Mark::new(gpu, &self.identity, *last + 1)?),
         };
+        // What a note marks has been queued by someone else.
+        let recording = gpu.trace_slot().get().filter(|_| call != "cuEventRecord");
+        let times = recording.as_ref().map(|_| Recording::events(gpu)).transpose()?;
+        let record = |event: &Event| {
+            // SAFETY: both handles are alive and of this context, which is current.
+            let code = unsafe { (scope.api().event_record)(event.handle(), self.handle) };
+            scope.check("cuEventRecord", code, &asked)
+        };
+        times.iter().try_for_each(|(start, _)| record(start))?;
         let code = enqueue(scope.api(), self.handle);
-        let queued = scope.check(call, code, &asked).and_then(|()| match &mark {
+        let ended = |()| times.iter().try_for_each(|(_, end)| record(end));
+        let queued = scope.check(call, code, &asked).and_then(ended).and_then(|()| match &mark {
             Some(mark) => {
                 // SAFETY: both handles are alive and of this context, which is current.
                 let code = unsafe { (scope.api().event_record)(mark.event(), self.handle) };
@@ -55,6 +76,9 @@ impl Queue {
         if let Err(error) = queued {
             self.settle(&scope, touches);
             return Err(error);
+        }
+        if let (Some(recording), Some(times)) = (recording, times) {
+            recording.keep(self.name, asked(), times);
         }
         if let Some(mark) = mark {
             *last += 1;

@@ -89,6 +89,18 @@ impl Gpu {
 }
 
 impl Stream {
+    /// The same with a name, for timelines.
+    #[must_use]
+    pub fn named(mut self, name: &'static str) -> Stream {
+        self.queue.set_name(name);
+        self
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        self.queue.name()
+    }
+
     /// The GPU it works on.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu

@@ -178,3 +178,52 @@ fn a_rank_takes_the_gpu_of_its_number() {
     let ordinal = gpu_for_rank(2, driver.num_gpus(), Sharing::Exclusive).unwrap();
     assert_eq!(driver.open(ordinal).unwrap().info().pci_bus_id, "0000:11:00.0");
 }
+
+#[test]
+fn a_gpu_counts_what_buffers_hold() {
+    let fake = FakeGpu::lazy();
+    let gpu = fake.gpu();
+    let device = Buffer::allocate(DType::F32, 1000, &Memory::Gpu(gpu.clone())).unwrap();
+    let pinned = Buffer::allocate(DType::U8, 100, &Memory::Pinned(gpu.clone())).unwrap();
+    let held = gpu.held_memory();
+    assert_eq!((held.device_bytes, held.pinned_bytes), (4000, 100));
+    drop((device, pinned));
+    let held = gpu.held_memory();
+    assert_eq!((held.device_bytes, held.peak_device_bytes), (0, 4000));
+    assert_eq!((held.pinned_bytes, held.peak_pinned_bytes), (0, 100));
+    drop(gpu);
+    fake.assert_clean();
+}
+
+#[test]
+fn a_trace_says_what_each_stream_did() {
+    for way in ALL_WAYS {
+        let fake = FakeGpu::new(way);
+        let gpu = fake.gpu();
+        let (copies, compute) = (stream(&gpu).named("copies"), stream(&gpu).named("compute"));
+        let from = pinned(&gpu, &[1.0; 64]);
+        let mut buffer = on_gpu(&gpu, 64);
+        copies.copy(from.view(), buffer.view_mut()).unwrap();
+        let trace = gpu.trace().unwrap();
+        copies.copy(from.view(), buffer.view_mut()).unwrap();
+        {
+            let _layer = compute.span(|| "a layer".to_owned()).unwrap();
+            compute.fill(buffer.view_mut(), 0).unwrap();
+        }
+        let spans = trace.finish().unwrap();
+        let told: Vec<_> = spans.iter().map(|span| (span.stream, span.name.as_str())).collect();
+        assert_eq!(
+            told,
+            [
+                ("copies", "copy `256` bytes from `cpu` to `cuda:0`"),
+                ("compute", "fill `256` bytes"),
+                ("compute", "a layer")
+            ]
+        );
+        assert!(spans.iter().all(|span| span.start_us > 0.0 && span.duration_us > 0.0), "{spans:?}");
+        assert!(spans[1].start_us >= spans[0].start_us + spans[0].duration_us, "the fill waits: {spans:?}");
+        copies.copy(from.view(), buffer.view_mut()).unwrap();
+        drop((copies, compute, buffer, from, gpu));
+        fake.assert_clean();
+    }
+}

@@ -22,6 +22,8 @@ use shardwise_torch::function::{Saved, link};
 use shardwise_torch::tch::Reduction;
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::gpu::on_gpu;
+use super::loss_gpu;
 use super::parallel::first_token;
 use super::raw::{Fused, elements, elements_mut, fused_kind, ids, multiplies_in_f32, threads};
 use crate::{Context, EngineError, TensorParallel};
@@ -35,8 +37,14 @@ use shardwise_kernels::Float;
 /// - returns a scalar
 /// # Errors
 /// A target that is no class; what libtorch says.
-pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor, EngineError> {
-    LinearCrossEntropy::default().forward(x, weight, target)
+pub fn linear_cross_entropy(
+    context: &Context<'_>,
+    x: &Tensor,
+    weight: &Tensor,
+    target: &Tensor,
+) -> Result<Tensor, EngineError> {
+    let options = LinearCrossEntropy { chunk_rows: context.head_chunk_rows, loss_scale: context.loss_scale };
+    options.forward(context, x, weight, target)
 }
 
 /// [`linear_cross_entropy`] with its choices.
@@ -60,8 +68,14 @@ impl LinearCrossEntropy {
     ///
     /// # Errors
     /// As there.
-    pub fn forward(self, x: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor, EngineError> {
-        self.of_part(x, weight, target, None)
+    pub fn forward(
+        self,
+        context: &Context<'_>,
+        x: &Tensor,
+        weight: &Tensor,
+        target: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        self.of_part(context, x, weight, target, None)
     }
 
     /// The loss where tensor-parallel ranks have the scores of some classes each, if the context says so: the same on all of
@@ -90,17 +104,21 @@ impl LinearCrossEntropy {
                 num_classes: vocab_size,
             }
         });
-        self.of_part(x, weight, target, part)
+        self.of_part(context, x, weight, target, part)
     }
 
     fn of_part(
         self,
+        context: &Context<'_>,
         x: &Tensor,
         weight: &Tensor,
         target: &Tensor,
         part: Option<ClassPart>,
     ) -> Result<Tensor, EngineError> {
         let target = target.f_contiguous()?;
+        if let Some(gpu) = on_gpu(context, &[x, weight]) {
+            return loss_gpu::forward(self, gpu, x, weight, &target, part);
+        }
         if multiplies_in_f32(&[x, weight]) {
             let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
             return self.fused::<f32>(&exact(x)?, &exact(weight)?, &target, part);
@@ -130,9 +148,8 @@ impl LinearCrossEntropy {
         let shape = HeadShape {
             num_rows: rows.size()[0] as usize,
             width: width as usize,
-            // The most that a rank has: all take as many rows at a time.
             num_classes: match &part {
-                Some(part) => part.num_classes.div_ceil(part.tensor.degree()),
+                Some(part) => part.most_classes(),
                 None => weight.size()[0] as usize,
             },
             element_bytes: size_of::<T>(),
@@ -183,7 +200,7 @@ pub fn linear_cross_entropy_plain(
 }
 
 /// Whether a graph would go on behind a tensor.
-fn learns(tensor: &Tensor) -> Result<bool, EngineError> {
+pub(super) fn learns(tensor: &Tensor) -> Result<bool, EngineError> {
     // What is computed from it knows, unlike the tensor itself and its views, whether graphs are made at all now.
     Ok(tensor.f_narrow(0, 0, 0)?.f_mul_scalar(1.0)?.requires_grad())
 }
@@ -200,13 +217,18 @@ struct Head<'a> {
 
 /// The classes that this rank has the scores of.
 pub(super) struct ClassPart {
-    tensor: TensorParallel,
-    classes: Range<usize>,
+    pub tensor: TensorParallel,
+    pub classes: Range<usize>,
     /// Of all ranks.
-    num_classes: usize,
+    pub num_classes: usize,
 }
 
 impl ClassPart {
+    /// The most that a rank has: all take as many rows at a time.
+    pub fn most_classes(&self) -> usize {
+        self.num_classes.div_ceil(self.tensor.degree())
+    }
+
     /// The softmax of each row over the classes of all ranks, and the sum of their losses.
     fn softmax<T: Fused + Float>(
         &self,

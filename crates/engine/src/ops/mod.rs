@@ -5,8 +5,10 @@
 
 mod attention;
 mod dropout;
+mod gpu;
 mod linear;
 mod loss;
+mod loss_gpu;
 mod norm;
 mod parallel;
 mod raw;

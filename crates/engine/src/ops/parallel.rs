@@ -23,11 +23,10 @@ use shardwise_comm::{CommError, Part};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_torch::function::link;
 use shardwise_torch::tch::TchError;
-use shardwise_torch::{Tensor, TorchError, no_grad};
+use shardwise_torch::{Device, Tensor, TorchError, no_grad};
 
 use super::linear::{conv1d, linear};
 use super::raw::ids;
-use crate::slices::{slice, slice_mut};
 use crate::{Context, EngineError, TensorParallel};
 
 /// Why a collective in a graph failed.
@@ -192,8 +191,9 @@ pub fn embedding(
         return Ok(Tensor::f_embedding(table, tokens, -1, false, false)?);
     };
     let tokens = tokens.f_contiguous()?;
-    // A token of no rank would be a row of zeros.
-    if let Some(&token) = ids(&tokens).iter().find(|&&token| token < 0 || token as usize >= vocab_size) {
+    // A token of no rank would be a row of zeros. What goes to a GPU was looked at before.
+    let on_host = if tokens.device() == Device::Cpu { ids(&tokens) } else { &[] };
+    if let Some(&token) = on_host.iter().find(|&&token| token < 0 || token as usize >= vocab_size) {
         return Err(EngineError::NoSuchToken { token, vocab_size });
     }
     let num_rows = table.size()[0];
@@ -248,7 +248,7 @@ pub fn gather_classes(context: &Context<'_>, x: &Tensor, vocab_size: usize) -> R
         let mut size = vec![tensor.degree() as i64];
         size.extend(own.size());
         let mut all = own.f_new_empty(size, (own.kind(), own.device()))?;
-        tensor.run(|group| group.all_gather(slice(&own), slice_mut(&mut all)))?;
+        tensor.run(|group| group.all_gather(tensor.slice(&own), tensor.slice_mut(&mut all)))?;
         let parts = all.f_unbind(0)?;
         Ok(Tensor::f_cat(&parts, -1)?.f_narrow(-1, 0, vocab_size as i64)?.f_contiguous()?)
     })?)
@@ -261,7 +261,7 @@ fn same(_: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
 
 fn sum(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> {
     let mut y = x.f_contiguous()?.f_detach_copy()?;
-    tensor.run(|group| group.all_reduce(slice_mut(&mut y)))?;
+    tensor.run(|group| group.all_reduce(tensor.slice_mut(&mut y)))?;
     Ok(y)
 }
 
@@ -271,7 +271,7 @@ fn gather_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed> 
     let (batch, seq, width) = own.size3()?;
     let degree = tensor.degree() as i64;
     let mut all = own.f_new_empty([degree, batch, seq, width], (own.kind(), own.device()))?;
-    tensor.run(|group| group.all_gather(slice(&own), slice_mut(&mut all)))?;
+    tensor.run(|group| group.all_gather(tensor.slice(&own), tensor.slice_mut(&mut all)))?;
     Ok(all.f_transpose(0, 1)?.f_reshape([batch, degree * seq, width])?)
 }
 
@@ -282,7 +282,7 @@ fn scatter_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed>
     let degree = tensor.degree() as i64;
     let own = seq / degree;
     let mut sum = x.f_new_empty([batch, own, width], (x.kind(), x.device()))?;
-    let all = slice(&x);
+    let all = tensor.slice(&x);
     // For each rank its tokens of every sample, where they are.
     let part = |rank: i64, row: i64| {
         let start = ((row * seq + rank * own) * width) as usize;
@@ -292,6 +292,6 @@ fn scatter_tokens(tensor: &TensorParallel, x: &Tensor) -> Result<Tensor, Failed>
         .flat_map(|rank| (0..batch).map(move |row| (rank, row)))
         .map(|(rank, row)| part(rank, row))
         .collect();
-    tensor.run(|group| group.reduce_scatter(&parts, slice_mut(&mut sum)))?;
+    tensor.run(|group| group.reduce_scatter(&parts, tensor.slice_mut(&mut sum)))?;
     Ok(sum)
 }

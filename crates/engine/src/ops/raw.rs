@@ -10,11 +10,16 @@ pub(super) fn threads() -> Threads {
     usize::try_from(tch::get_num_threads()).ok().and_then(Threads::new).unwrap_or(Threads::ONE)
 }
 
-/// The element type a kernel would run on, if all tensors share one, lie in host memory and are contiguous.
-pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
+/// The element type that kernels would run on, if all tensors share one and are contiguous.
+pub(super) fn common_kind(tensors: &[&Tensor]) -> Option<Kind> {
     let kind = tensors.first()?.kind();
-    let fits = |t: &&Tensor| t.kind() == kind && t.device() == Device::Cpu && t.is_contiguous();
+    let fits = |t: &&Tensor| t.kind() == kind && t.is_contiguous();
     (matches!(kind, Kind::BFloat16 | Kind::Half | Kind::Float) && tensors.iter().all(fits)).then_some(kind)
+}
+
+/// [`common_kind`] of tensors in host memory.
+pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
+    common_kind(tensors).filter(|_| tensors.iter().all(|t| t.device() == Device::Cpu))
 }
 
 /// Whether the tensors are f16 on a processor that cannot multiply f16 numbers.

@@ -57,19 +57,19 @@ fn fused_and_plain_forms_agree() {
         {
             let x = leaf(&[batch, seq, heads * width], kind);
             let weight = leaf(&[heads * width], kind);
-            compare("rms_norm", kind, &[&x, &weight], &|| rms_norm(&x, &weight, 1e-5).unwrap(), &|| {
+            compare("rms_norm", kind, &[&x, &weight], &|| rms_norm(&asking(), &x, &weight, 1e-5).unwrap(), &|| {
                 rms_norm_plain(&x, &weight, 1e-5).unwrap()
             });
 
             let (gate, up) = (leaf(&[batch, seq, 77], kind), leaf(&[batch, seq, 77], kind));
-            compare("swiglu", kind, &[&gate, &up], &|| swiglu(&gate, &up).unwrap(), &|| {
+            compare("swiglu", kind, &[&gate, &up], &|| swiglu(&asking(), &gate, &up).unwrap(), &|| {
                 swiglu_plain(&gate, &up).unwrap()
             });
 
             let rotary = Rotary { head_dim: width as usize, theta: 1e4, scaling: None };
             let table = rotary.table(200).unwrap();
             let q = leaf(&[batch, seq, heads, width], kind);
-            compare("rotary", kind, &[&q], &|| table.rotate(&q).unwrap(), &|| {
+            compare("rotary", kind, &[&q], &|| table.rotate(&asking(), &q).unwrap(), &|| {
                 table.rotate_plain(&q).unwrap()
             });
 
@@ -127,7 +127,7 @@ fn fused_and_plain_forms_agree() {
                 "head",
                 kind,
                 &[&x, &head],
-                &|| linear_cross_entropy(&x, &head, &target).unwrap(),
+                &|| linear_cross_entropy(&asking(), &x, &head, &target).unwrap(),
                 &|| linear_cross_entropy_plain(&x, &head, &target).unwrap(),
             );
         }
@@ -175,8 +175,8 @@ fn chunks_of_rows_change_nothing_but_the_order_of_sums() {
         let target = Tensor::randint(2100, [3, 11], (Kind::Int64, Device::Cpu));
         let run = |chunk_rows| {
             let options = LinearCrossEntropy { chunk_rows: Some(chunk_rows), ..Default::default() };
-            let loss = options.forward(&x, &head, &target).unwrap();
-            let asked = no_grad(|| options.forward(&x, &head, &target).unwrap());
+            let loss = options.forward(&asking(), &x, &head, &target).unwrap();
+            let asked = no_grad(|| options.forward(&asking(), &x, &head, &target).unwrap());
             assert_eq!(
                 asked.double_value(&[]),
                 loss.double_value(&[]),
@@ -211,7 +211,7 @@ fn the_loss_scale_reaches_gradients_before_they_are_rounded() {
         // In f16 also where the processor would rather compute in f32.
         let loss = match kind {
             Kind::Half => options.fused::<f16>(&x, &head, &target, None).unwrap(),
-            _ => options.forward(&x, &head, &target).unwrap(),
+            _ => options.forward(&asking(), &x, &head, &target).unwrap(),
         };
         let dhead = grads(&loss, dloss, &[&head]).remove(0);
         // Classes that are no target: small gradients.
@@ -237,13 +237,13 @@ fn frozen_tensors_have_no_gradient_of_the_head() {
     for chunk_rows in [2, 3] {
         let options = LinearCrossEntropy { chunk_rows: Some(chunk_rows), ..Default::default() };
         let (x, head) = (leaf(&[3, 8], Kind::Float), leaf(&[5, 8], Kind::Float));
-        let whole = options.forward(&x, &head, &target).unwrap();
+        let whole = options.forward(&asking(), &x, &head, &target).unwrap();
         let whole = grads(&whole, 3.0, &[&x, &head]);
-        let only_x = options.forward(&x, &head.detach(), &target).unwrap();
+        let only_x = options.forward(&asking(), &x, &head.detach(), &target).unwrap();
         assert!(grads(&only_x, 3.0, &[&x])[0].equal(&whole[0]));
-        let only_head = options.forward(&x.detach(), &head, &target).unwrap();
+        let only_head = options.forward(&asking(), &x.detach(), &head, &target).unwrap();
         assert!(grads(&only_head, 3.0, &[&head])[0].equal(&whole[1]));
-        let neither = options.forward(&x.detach(), &head.detach(), &target).unwrap();
+        let neither = options.forward(&asking(), &x.detach(), &head.detach(), &target).unwrap();
         assert!(!neither.requires_grad());
     }
 }
@@ -292,7 +292,7 @@ fn a_target_that_is_no_class_is_an_error() {
     let (x, head) = (leaf(&[2, 8], Kind::Float), leaf(&[5, 8], Kind::Float));
     for chunk_rows in [1, 2] {
         let options = LinearCrossEntropy { chunk_rows: Some(chunk_rows), ..Default::default() };
-        let error = options.forward(&x, &head, &Tensor::from_slice(&[1i64, 5])).unwrap_err().to_string();
+        let error = options.forward(&asking(), &x, &head, &Tensor::from_slice(&[1i64, 5])).unwrap_err().to_string();
         assert!(error.contains("target `5` of row `1`"), "{error}");
     }
 }

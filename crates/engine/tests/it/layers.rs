@@ -142,12 +142,12 @@ impl Layer for Block {
             Ok(x.f_view([b, t, -1, HEAD_DIM as i64])?.f_transpose(1, 2)?)
         };
         let table = Rotary { head_dim: HEAD_DIM, theta: 100.0, scaling: None }.table(t as usize)?;
-        let normed = ops::rms_norm(x, params.get("norm")?, 1e-5)?;
-        let q = table.rotate(&heads(linear("q", &normed)?)?)?;
-        let k = table.rotate(&heads(linear("k", &normed)?)?)?;
+        let normed = ops::rms_norm(context, x, params.get("norm")?, 1e-5)?;
+        let q = table.rotate(context, &heads(linear("q", &normed)?)?)?;
+        let k = table.rotate(context, &heads(linear("k", &normed)?)?)?;
         let out = ops::causal_attention(&q, &k, &heads(linear("v", &normed)?)?)?;
         let x = x.f_add(&linear("o", &out.f_transpose(1, 2)?.f_reshape([b, t, -1])?)?)?;
-        Ok(x.f_add(&linear("down", &ops::swiglu(&linear("gate", &x)?, &linear("up", &x)?)?)?)?)
+        Ok(x.f_add(&linear("down", &ops::swiglu(context, &linear("gate", &x)?, &linear("up", &x)?)?)?)?)
     }
 }
 
@@ -163,7 +163,7 @@ impl Layer for Head {
     fn forward(&self, context: &Context<'_>, params: &Params<'_>, x: &Tensor) -> Result<Tensor, EngineError> {
         let x = x.f_add(params.get("bias")?)?;
         match context.target {
-            Some(target) => ops::linear_cross_entropy(&x, params.get("proj")?, target),
+            Some(target) => ops::linear_cross_entropy(context, &x, params.get("proj")?, target),
             None => ops::linear(context, &x, params.get("proj")?, None),
         }
     }

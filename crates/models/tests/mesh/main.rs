@@ -6,6 +6,7 @@
 mod bits;
 mod dropout;
 mod equality;
+mod gpu;
 mod optimizers;
 mod outcomes;
 mod precision;

@@ -1,8 +1,10 @@
 //! Runs of two small models over any mesh, and what they leave behind.
 
 use serde_json::{Value, json};
+use shardwise_comm::staged::Staged;
 use shardwise_comm::{Group, thread};
 use shardwise_device::DType;
+use shardwise_fake_gpu::{Eagerness, FakeGpu};
 use shardwise_engine::{Batch, Engine, EngineError, EngineOptions, PipelineOptions, RandomInit, Ranks};
 use shardwise_models::build;
 use shardwise_plan::pipeline::ScheduleKind;
@@ -10,7 +12,8 @@ use shardwise_plan::zoo::{ModelConfig, SequenceParallel};
 use shardwise_plan::{ActivationPolicy, ActivationRules, Mesh, ZeroStage};
 use shardwise_torch::{Tensor, set_num_threads};
 use shardwise_zero::{
-    AdamOptions, BiasCorrection, LossScaling, Optimizer, Overlap, StatePrecision, StepOutcome, ZeroOptions,
+    AdamOptions, BiasCorrection, LossScaling, Offload, Optimizer, Overlap, StatePrecision, StepOutcome,
+    ZeroOptions,
 };
 
 /// Samples of a step, however it is split.
@@ -54,6 +57,15 @@ pub const SCHEDULES: [ScheduleKind; 4] = [
     ScheduleKind::ZeroBubble,
 ];
 
+/// Where a run computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    Host,
+    /// On a fake GPU that all ranks share, with collectives through pinned memory. libtorch computes on the host, whose memory
+    /// it takes for the GPU's; our kernels, the state and its copies are the GPU's.
+    FakeGpu(Offload),
+}
+
 /// One way to train a model.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -72,6 +84,7 @@ pub struct Run {
     pub num_steps: usize,
     pub optimizer: Optimizer,
     pub states: StatePrecision,
+    pub on: On,
 }
 
 impl Run {
@@ -90,6 +103,7 @@ impl Run {
             frozen: vec![],
             num_steps: 10,
             states: StatePrecision::F32,
+            on: On::Host,
             optimizer: Optimizer::AdamW(AdamOptions {
                 beta1: 0.9,
                 beta2: 0.99,
@@ -127,10 +141,25 @@ impl Run {
     }
 
     pub fn try_engine(&self, world: Group) -> Result<Engine, EngineError> {
+        self.engine_with(world, self.options())
+    }
+
+    fn engine_with(&self, world: Group, options: EngineOptions) -> Result<Engine, EngineError> {
         set_num_threads(1);
         let ranks = Ranks::new(world, self.mesh())?;
         let config = ModelConfig::from_json(&self.model).unwrap();
-        Engine::new(build(&config).unwrap(), self.options(), ranks, &mut RandomInit { seed: 3 })
+        Engine::new(build(&config).unwrap(), options, ranks, &mut RandomInit { seed: 3 })
+    }
+
+    /// This rank's engine, on `fake` if the run is on a GPU.
+    fn engine_on(&self, world: Group, fake: Option<&FakeGpu>) -> Engine {
+        let (On::FakeGpu(offload), Some(fake)) = (self.on, fake) else { return self.engine(world) };
+        let gpu = fake.gpu();
+        let processor = fake.processor(&gpu);
+        let world = Staged::new(world, &gpu, processor.stream().clone()).unwrap();
+        let mut options = self.options();
+        (options.zero.gpu, options.zero.offload) = (Some(processor), offload);
+        self.engine_with(world, options).unwrap()
     }
 
     pub fn steps(self, num_steps: usize) -> Self {
@@ -151,8 +180,10 @@ impl Run {
     /// Trains on all ranks, which must end alike.
     pub fn trace(&self) -> Trace {
         let world_size = self.mesh().world_size();
+        let fake = matches!(self.on, On::FakeGpu(_)).then(|| FakeGpu::new((1, Eagerness::Eager)));
+        fake.iter().for_each(FakeGpu::allow_host_access);
         let traces = thread::run(world_size, |world| {
-            let mut engine = self.engine(world);
+            let mut engine = self.engine_on(world, fake.as_ref());
             let data = engine.ranks().at().data;
             let mut trace = Trace::default();
             for step in 0..self.num_steps {
@@ -174,6 +205,7 @@ impl Run {
             trace.logits = (&logits.to_kind(shardwise_torch::Kind::Float).view([-1])).try_into().unwrap();
             trace
         });
+        fake.iter().for_each(FakeGpu::assert_clean);
         let mut traces = traces.into_iter();
         let first = traces.next().unwrap();
         traces.for_each(|other| other.assert_same_bits(&first, &format!("another rank of {self:?}")));

@@ -11,6 +11,9 @@ use crate::Bytes;
 /// beside a model whose head has that many.
 const CHUNK_BYTES: usize = 64 << 20;
 
+/// The same on a GPU, where a matrix product has to fill many processors.
+const GPU_CHUNK_BYTES: usize = 512 << 20;
+
 /// Rows of a chunk, at least: each chunk passes over the gradient of the weight, 10 bytes of traffic an element against six
 /// operations for each row. With fewer rows that shows (3% at 600 rows, two cores).
 const MIN_CHUNK_ROWS: usize = 1024;
@@ -34,8 +37,17 @@ pub struct HeadShape {
 impl HeadShape {
     /// Rows to take at a time: all of them, if cutting would not save memory.
     pub fn chunk_rows(&self) -> usize {
+        self.chunk_rows_of(CHUNK_BYTES)
+    }
+
+    /// [`HeadShape::chunk_rows`] on a GPU.
+    pub fn chunk_rows_on_gpu(&self) -> usize {
+        self.chunk_rows_of(GPU_CHUNK_BYTES)
+    }
+
+    fn chunk_rows_of(&self, chunk_bytes: usize) -> usize {
         let row_bytes = self.num_classes * self.element_bytes;
-        let rows = (CHUNK_BYTES / row_bytes.max(1)).max(MIN_CHUNK_ROWS);
+        let rows = (chunk_bytes / row_bytes.max(1)).max(MIN_CHUNK_ROWS);
         if rows >= self.num_rows || self.needed(rows) >= self.needed(self.num_rows) {
             return self.num_rows;
         }

@@ -1,0 +1,174 @@
+//! A rank's GPU: found, checked, and prepared before anything else asks libtorch what there is.
+//!
+//! ```text
+//! driver ─► GPU of LOCAL_RANK ─► libtorch's CUDA, on our stream ─► kernels, compiled once a machine ─► collectives
+//! ```
+//!
+//! What cannot work is said here, before a model is built: no driver, too few GPUs, one too old, bf16 on a GPU that has none.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use shardwise_comm::nccl::{Library, Nccl};
+use shardwise_comm::staged::Staged;
+use shardwise_comm::{Group, ProcessGroup};
+use shardwise_config::{Collectives, Device, GpuSharing, RunConfig};
+use shardwise_device::cuda::{Driver, Gpu, Priority, Sharing, gpu_for_rank};
+use shardwise_device::{Buffer, DType, Memory, Slice, SliceMut};
+use shardwise_kernels::cuda::{CompiledCode, KernelCache, Nvrtc, Search, Source};
+use shardwise_kernels::processor::GpuProcessor;
+use shardwise_torch::{TorchError, cuda, library_folder};
+
+use crate::failure::Failure;
+use crate::launch::Libraries;
+use crate::options::dtype;
+use crate::telemetry::Telemetry;
+
+/// A rank's GPU, with the stream that libtorch uses too.
+pub struct RankGpu {
+    processor: Arc<GpuProcessor>,
+    /// Memory that a limit keeps from the run: held to the end.
+    withheld: Vec<Buffer>,
+}
+
+impl RankGpu {
+    /// The GPU of a run on GPUs.
+    pub fn open(
+        config: &RunConfig,
+        local_rank: usize,
+        libraries: &Libraries,
+        telemetry: &Telemetry,
+    ) -> Result<Option<Self>, Failure> {
+        if config.device == Device::Cpu {
+            return Ok(None);
+        }
+        telemetry.phase("opening the GPU");
+        let driver = Driver::load(None).map_err(Failure::configuration)?;
+        let sharing = match config.cuda.sharing {
+            GpuSharing::Exclusive => Sharing::Exclusive,
+            GpuSharing::Shared => Sharing::Shared,
+        };
+        let ordinal = gpu_for_rank(local_rank, driver.num_gpus(), sharing).map_err(Failure::configuration)?;
+        let gpu = driver.open(ordinal).map_err(Failure::configuration)?;
+        gpu.require_dtype(dtype(config.precision.float_type())).map_err(Failure::configuration)?;
+        let stream = gpu.stream(Priority::Normal)?.named("compute");
+        cuda::load(ordinal).map_err(torch_failure)?;
+        cuda::set_determinism(match config.cuda.determinism {
+            shardwise_config::Determinism::Off => cuda::Determinism::Off,
+            shardwise_config::Determinism::On => cuda::Determinism::On,
+        })?;
+        // SAFETY: our own stream of this GPU's primary context. The processor holds it, and the engine and this value hold that, to
+        // the end of the run.
+        unsafe { cuda::use_stream(ordinal, stream.as_raw()) }.map_err(torch_failure)?;
+        telemetry.phase("preparing kernels");
+        let search = Search { given: libraries.nvrtc.clone(), libtorch: libtorch() };
+        let nvrtc = Arc::new(Nvrtc::load(&search).map_err(Failure::configuration)?);
+        let cache = KernelCache::open(&libraries.cache.join("kernels"))?;
+        let code = Arc::new(CompiledCode::for_gpu(nvrtc, cache, &gpu).map_err(Failure::configuration)?);
+        let processor = Arc::new(GpuProcessor::compiled(stream, Arc::clone(&code)));
+        processor.load(Source::ALL)?;
+        if let Some(error) = code.take_not_kept() {
+            telemetry.note(&format!("compiled kernels could not be kept for the next run: {error}"));
+        }
+        let withheld = match config.cuda.memory_limit {
+            Some(limit) => withhold(&gpu, limit)?,
+            None => Vec::new(),
+        };
+        Ok(Some(RankGpu { processor, withheld }))
+    }
+
+    /// What runs kernels there.
+    pub fn processor(&self) -> &Arc<GpuProcessor> {
+        &self.processor
+    }
+
+    /// What libtorch calls it.
+    pub fn device(&self) -> shardwise_torch::Device {
+        shardwise_torch::Device::Cuda(self.processor.gpu().ordinal() as usize)
+    }
+
+    /// The ranks of `world` as a group for memory of their GPUs.
+    ///
+    /// # Collective
+    /// Every rank of `world`.
+    pub fn group(
+        &self,
+        world: Group,
+        config: &RunConfig,
+        libraries: &Libraries,
+        telemetry: &Telemetry,
+    ) -> Result<Group, Failure> {
+        if world.group_size() == 1 {
+            return Ok(world);
+        }
+        let gpu = self.processor.gpu();
+        let host = |world| Staged::new(world, gpu, self.processor.stream().clone());
+        let wanted = match (config.cuda.collectives, config.cuda.sharing) {
+            (Collectives::Host, _) | (_, GpuSharing::Shared) => return Ok(host(world)?),
+            (wanted, GpuSharing::Exclusive) => wanted,
+        };
+        let library = Library::find(libraries.nccl.as_deref(), libtorch().as_deref());
+        // One rank without it would wait for the others for ever: they agree first.
+        let have_it = all_agree(&*world, library.is_ok())?;
+        match (library, have_it) {
+            (Ok(library), true) => Ok(Nccl::new(world, Arc::new(library), Arc::clone(&self.processor))?),
+            (Err(error), _) if wanted == Collectives::Nccl => Err(Failure::configuration(error)),
+            (Ok(_), false) if wanted == Collectives::Nccl => Err(Failure::usage(
+                "another rank has no NCCL",
+                "see `shardwise doctor` there, or set `cuda.collectives` to `host`",
+            )),
+            (library, _) => {
+                let why = library.err().map_or_else(|| "another rank has no NCCL".to_owned(), |e| e.to_string());
+                telemetry.note(&format!("collectives go through host memory: {why}"));
+                Ok(host(world)?)
+            }
+        }
+    }
+
+    /// The most that was ever taken of the GPU's memory: by libtorch, and by the state's buffers.
+    pub fn peak_bytes(&self) -> Result<usize, Failure> {
+        let gpu = self.processor.gpu();
+        let withheld: usize = self.withheld.iter().map(Buffer::num_bytes).sum();
+        let torch = cuda::memory(gpu.ordinal())?;
+        Ok(torch.peak_reserved_bytes + gpu.held_memory().peak_device_bytes - withheld)
+    }
+}
+
+/// The folder that libtorch's `include/` and `lib/` are in.
+fn libtorch() -> Option<PathBuf> {
+    Some(library_folder()?.parent()?.to_owned())
+}
+
+fn torch_failure(error: TorchError) -> Failure {
+    match error.hint() {
+        Some(hint) => Failure::usage(error.to_string(), hint),
+        None => error.into(),
+    }
+}
+
+/// Takes what a limit leaves over: then nothing of this process can go beyond it, whoever asks for memory.
+fn withhold(gpu: &Gpu, limit: u64) -> Result<Vec<Buffer>, Failure> {
+    /// Pieces, as no driver has to find all of it in a row.
+    const PIECE_BYTES: usize = 1 << 30;
+    let info = gpu.memory_info()?;
+    let used = info.total_bytes - info.free_bytes;
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    if limit <= used {
+        let message = format!("`cuda.memory_limit` is `{limit}` bytes, and `{used}` are in use already");
+        return Err(Failure::usage(message, "give more: a context and libtorch need about 1 GiB"));
+    }
+    let mut left = info.total_bytes.saturating_sub(limit);
+    let mut withheld = Vec::new();
+    while left > 0 {
+        let bytes = left.min(PIECE_BYTES);
+        withheld.push(Buffer::allocate(DType::U8, bytes, &Memory::Gpu(gpu.clone()))?);
+        left -= bytes;
+    }
+    Ok(withheld)
+}
+
+fn all_agree(world: &dyn ProcessGroup, mine: bool) -> Result<bool, Failure> {
+    let mut all = vec![0u8; world.group_size()];
+    world.all_gather(Slice::of(&[u8::from(mine)]), SliceMut::of(&mut all))?;
+    Ok(all.iter().all(|&has| has == 1))
+}
