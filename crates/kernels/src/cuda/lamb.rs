@@ -127,11 +127,10 @@ pub struct LambApply {
 impl Lamb {
     /// The call for [`Lamb::moments_on`] on a device; [`LambNorms`] adds what it leaves.
     pub fn cuda_moments(&self, grad_scale: f32, buffers: LambMomentBuffers) -> Launch<LambMoments> {
-        // A warp takes a block of elements. Few together, so that large tensors reach all of a device.
-        const WARPS: u64 = 4;
         let LambMomentBuffers { grad, master, states, blocks, numel } = buffers;
-        let grid = at_most(LambNorms::num_blocks(numel).div_ceil(WARPS), 1 << 20);
-        let plan = LaunchPlan { grid, block: 32 * WARPS as u32, shared_bytes: 0 };
+        // A warp for each block of elements: alone, so that a few hundred reach all of a device.
+        let grid = at_most(LambNorms::num_blocks(numel), 1 << 20);
+        let plan = LaunchPlan { grid, block: 32, shared_bytes: 0 };
         let factors = self.factors(grad_scale);
         Launch::new(Source::Lamb, MOMENTS, plan, LambMoments { grad, master, states, blocks, numel, factors })
     }
