@@ -137,8 +137,17 @@ KERNEL(rms_norm_weight_grad, RmsNormWeightGrad) {
     const u64 column = u64(blockIdx.x) * COLUMNS + column_here;
     float sum = 0.0f;
     if (column < p.width) {
-        for (u64 partial = turn; partial < p.num_partials; partial += TURNS)
-            sum += p.partial_dweight[partial * p.width + column];
+        u64 partial = turn;
+        // Several loads under way, added in the same order.
+        constexpr u32 AHEAD = 8;
+        for (; partial + (AHEAD - 1) * TURNS < p.num_partials; partial += AHEAD * TURNS) {
+            float ahead[AHEAD];
+            UNROLL
+            for (u32 k = 0; k < AHEAD; k++) ahead[k] = p.partial_dweight[(partial + k * TURNS) * p.width + column];
+            UNROLL
+            for (u32 k = 0; k < AHEAD; k++) sum += ahead[k];
+        }
+        for (; partial < p.num_partials; partial += TURNS) sum += p.partial_dweight[partial * p.width + column];
     }
     sums[turn][column_here] = sum;
     for (u32 width = TURNS / 2; width > 0; width /= 2) {

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use crate::isa::{Isa, Kernel};
 use crate::parallel::{Split, for_each_piece};
-use crate::philox::{Distribution, Draws, GROUP_NUMEL, Numbers, Stream, fill_with};
+use crate::philox::{Distribution, Draws, GROUP_NUMEL, Numbers, Runs, Stream, fill_with};
 use crate::simd::Simd;
 use crate::simd::lanes::{Each, for_each, load, store};
 use crate::{Float, Threads};
@@ -85,13 +85,32 @@ impl Mask {
         for_each_piece(threads, Apply { draws, x, out }, |piece| isa.run(piece));
     }
 
+    /// The mask of `numel` elements, for a kernel.
+    ///
+    /// # Panics
+    /// If the last index does not fit `u64`, or there are elements where the part of a row has none.
+    pub(crate) fn on_device(&self, numel: usize) -> DeviceMask {
+        self.draws().check(numel);
+        DeviceMask { numbers: self.numbers.runs(), stream: self.stream, keep: self.keep }
+    }
+
     fn draws(&self) -> Draws<Keep> {
         Draws::new(self.stream, self.numbers, self.keep)
     }
 }
 
+/// A mask as `cuda/dropout.cu` reads it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct DeviceMask {
+    numbers: Runs,
+    stream: Stream,
+    keep: Keep,
+}
+
 /// A word drops its element if it is below a threshold.
 #[derive(Debug, Clone, Copy)]
+#[repr(C)]
 struct Keep {
     threshold: u32,
     scale: f32,

@@ -27,7 +27,7 @@ use crate::simd::Simd;
 
 mod numbers;
 
-pub(crate) use numbers::Numbers;
+pub(crate) use numbers::{Numbers, Runs};
 
 /// Fills `out` with normally distributed numbers: elements `first..first + out.len()` of parameter `name`.
 ///
@@ -91,8 +91,9 @@ pub fn u64_at(seed: u64, name: &str, i: u64) -> u64 {
     u64::from(x1) << 32 | u64::from(x0)
 }
 
-/// The words of one (seed, name).
+/// The words of one (seed, name). Kernels read the same structure.
 #[derive(Debug, Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Stream {
     key: [u32; 2],
     /// High half of the counter.

@@ -7,8 +7,12 @@ use half::{bf16, f16};
 use shardwise_device::cuda::{CudaError, Driver};
 use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
 use shardwise_fake_gpu::{ALL_WAYS, Eagerness, FakeCode, FakeGpu};
-use shardwise_kernels::optimizer::{Adagrad, Adam, BiasCorrection, Direction, Lion, Noise, Sgd, WeightDecay};
-use shardwise_kernels::processor::{GpuProcessor, Piece, ProcessorError, StepSlices};
+use shardwise_kernels::optimizer::{
+    Adagrad, Adam, BiasCorrection, Direction, Lamb, Lion, Noise, Sgd, SquaredNorms, WeightDecay,
+};
+use shardwise_kernels::processor::{
+    GpuProcessor, LambApplySlices, LambMomentSlices, NormColumn, Piece, ProcessorError, StepSlices,
+};
 use shardwise_kernels::{Processor, Threads};
 
 /// Two threads: the host's bits do not depend on it.
@@ -287,6 +291,109 @@ fn lion_and_adagrad_steps_are_the_hosts() {
     check_step("adagrad", |processor, slices| processor.adagrad(&adagrad, GRAD_SCALE, slices));
 }
 
+const LAMB: Lamb = Lamb {
+    lr: 1e-2,
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-6,
+    weight_decay: 0.1,
+    max_coeff: 10.0,
+    min_coeff: 0.01,
+    bias_correction: BiasCorrection::On,
+    step: 2,
+};
+
+/// Tensors in two parts each: norms from both passes' calls in a table, which nobody waits for.
+#[test]
+fn lamb_steps_are_the_hosts() {
+    const PAIR: usize = SquaredNorms::NUM_BYTES;
+    let mut random = Random(11);
+    let parts: Vec<Vec<[Array; 4]>> = [[1, 0], [700, 301], [70_001, 5]]
+        .into_iter()
+        .map(|sizes| {
+            let of = |numel| {
+                let [grad, param, m] = [2.0, 3.0, 0.1].map(|size| random.usual(DType::F32, numel, size));
+                let v = Array::new(DType::F32, m.bits().into_iter().map(|bits| f32::from_bits(bits).abs()));
+                [grad, param, m, v]
+            };
+            sizes.map(of).into()
+        })
+        .collect();
+    for copy in [None, Some(DType::Bf16), Some(DType::F16)] {
+        compare(&format!("{copy:?}"), |processor| {
+            let allocate = |dtype, numel| Buffer::allocate(dtype, numel, &processor.memory()).unwrap();
+            let mut table = allocate(DType::U8, 2 * parts.len() * PAIR);
+            let mut sums = allocate(DType::U8, parts.len() * PAIR);
+            let mut buffers: Vec<Vec<[Buffer; 4]>> = parts
+                .iter()
+                .map(|parts| parts.iter().map(|part| part.each_ref().map(|x| x.put(processor, 0))).collect())
+                .collect();
+            let mut copies = Vec::new();
+            for _ in 0..2 {
+                for (tensor, parts) in buffers.iter_mut().enumerate() {
+                    for (row, [grad, master, m, v]) in parts.iter_mut().enumerate() {
+                        let at = (row * 3 + tensor) * PAIR;
+                        let slices = LambMomentSlices {
+                            grad: grad.view(),
+                            master: master.view(),
+                            states: [m.view_mut(), v.view_mut()],
+                            norms: table.view_mut().into_range(at..at + PAIR),
+                        };
+                        processor.lamb_moments(&LAMB, GRAD_SCALE, slices).unwrap();
+                    }
+                }
+                processor.add_norms(table.view(), 2, sums.view_mut()).unwrap();
+                copies.clear();
+                for (tensor, [_, master, m, v]) in buffers
+                    .iter_mut()
+                    .enumerate()
+                    .flat_map(|(i, parts)| parts.iter_mut().map(move |x| (i, x)))
+                {
+                    // From the table or from its sums: the same.
+                    let (table, num_rows) = if tensor == 1 { (sums.view(), 1) } else { (table.view(), 2) };
+                    let mut compute = copy.map(|dtype| allocate(dtype, master.numel()));
+                    let slices = LambApplySlices {
+                        master: master.view_mut(),
+                        states: [m.view(), v.view()],
+                        compute: compute.as_mut().map(|copy| copy.view_mut()),
+                        norms: NormColumn { table, num_rows, tensor },
+                    };
+                    processor.lamb_apply(&LAMB, slices).unwrap();
+                    copies.extend(compute);
+                }
+            }
+            let mut after = vec![Array::get(processor, table.view()), Array::get(processor, sums.view())];
+            after.extend(buffers.iter().flatten().flatten().map(|x| Array::get(processor, x.view())));
+            after.extend(copies.iter().map(|copy| Array::get(processor, copy.view())));
+            after
+        });
+    }
+}
+
+#[test]
+fn lamb_waits_for_nothing_on_the_host() {
+    let fake = FakeGpu::lazy();
+    let gpu = fake.gpu();
+    let processor = Processor::Gpu(fake.processor(&gpu));
+    let buffer = |dtype, numel| Buffer::allocate(dtype, numel, &processor.memory()).unwrap();
+    let [grad, mut master, mut m, mut v] = [(); 4].map(|()| buffer(DType::F32, 1000));
+    let mut norms = buffer(DType::U8, SquaredNorms::NUM_BYTES);
+    gpu.synchronize().unwrap();
+    let ran = fake.num_ran();
+    for _ in 0..2 {
+        let states = [m.view_mut(), v.view_mut()];
+        let slices =
+            LambMomentSlices { grad: grad.view(), master: master.view(), states, norms: norms.view_mut() };
+        processor.lamb_moments(&LAMB, 1.0, slices).unwrap();
+        let norms = NormColumn { table: norms.view(), num_rows: 1, tensor: 0 };
+        let (master, states) = (master.view_mut(), [m.view(), v.view()]);
+        processor.lamb_apply(&LAMB, LambApplySlices { master, states, compute: None, norms }).unwrap();
+    }
+    assert_eq!(fake.num_ran(), ran, "nothing had to run yet");
+    drop((grad, master, m, v, norms, processor, gpu));
+    fake.assert_clean();
+}
+
 #[test]
 fn two_streams_on_the_same_buffers_take_turns() {
     let (start, addend) = (Random(5).usual(DType::F32, 3000, 1.0), Random(6).usual(DType::Bf16, 3000, 1.0));
@@ -384,6 +491,8 @@ fn memory_that_is_elsewhere_is_an_error_and_nothing_is_queued() {
     let buffer = |memory: &Memory| Buffer::allocate(DType::F32, 8, memory).unwrap();
     let mut here = buffer(&processor.memory());
     let here_too = buffer(&processor.memory());
+    let [mut m, mut v] = [buffer(&processor.memory()), buffer(&processor.memory())];
+    let mut norms = Buffer::allocate(DType::U8, SquaredNorms::NUM_BYTES, &processor.memory()).unwrap();
     for memory in [Memory::Host, Memory::Pinned(gpu.clone()), Memory::Gpu(other.clone())] {
         let mut there = buffer(&memory);
         let place = there.place();
@@ -408,6 +517,13 @@ fn memory_that_is_elsewhere_is_an_error_and_nothing_is_queued() {
         let slices =
             StepSlices { grad: here_too.view(), master: here.view_mut(), states, noise: None, compute: None };
         elsewhere(processor.lion(&lion, 1.0, slices));
+        let states = [m.view_mut(), v.view_mut()];
+        let slices =
+            LambMomentSlices { grad: there.view(), master: here.view(), states, norms: norms.view_mut() };
+        elsewhere(processor.lamb_moments(&LAMB, 1.0, slices));
+        let norms = NormColumn { table: norms.view(), num_rows: 1, tensor: 0 };
+        let (master, states) = (here.view_mut(), [m.view(), there.view()]);
+        elsewhere(processor.lamb_apply(&LAMB, LambApplySlices { master, states, compute: None, norms }));
         gpu.synchronize().unwrap();
         assert_eq!(fake.num_ran(), ran);
     }

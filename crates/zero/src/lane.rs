@@ -218,12 +218,6 @@ impl Lane {
         Ok(rows_of(&all, values.len()))
     }
 
-    /// The `values` of every rank of the tensor group, in rank order.
-    pub fn exchange_over_tensor(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
-        let all = self.beside(&self.groups.tensor, |group| all_bytes(group, &to_bytes(values)))?;
-        Ok(rows_of(&all, values.len()))
-    }
-
     /// The `values` of every rank of the world, in rank order.
     pub fn exchange_over_world(&self, values: &[f64]) -> Result<Vec<Vec<f64>>, ZeroError> {
         if Arc::ptr_eq(&self.groups.world, &self.groups.data) {

@@ -37,6 +37,7 @@ mod decision;
 mod error;
 mod export;
 mod gradients;
+mod lamb;
 mod lane;
 mod mesh;
 mod optimizer;

@@ -54,6 +54,7 @@ impl Zero {
         self.num_steps += 1;
         let grad_scale = (unscale * clip) as f32;
         let update = Update { lr, grad_scale, step: self.num_steps, threads: self.threads() };
+        self.begin_update()?;
         for unit in 0..self.units.len() {
             let narrow = self.widen_gradient(unit)?;
             let updated = self.take_gradient(unit, update);

@@ -142,9 +142,10 @@ impl ZeroOptions {
         if params == Tier::Host && !self.stage.shards_parameters() {
             return wrong("offload.params", "host", "`device`, unless `stage` is 3");
         }
-        let looks_at_params = matches!(self.optimizer, Optimizer::Lamb(_) | Optimizer::Muon(_));
-        if self.gpu.is_some() && looks_at_params && optimizer == Tier::Device {
-            let expected = "`host` for LAMB and Muon, which have no kernels for GPUs";
+        let is_muon = matches!(self.optimizer, Optimizer::Muon(_));
+        if self.gpu.is_some() && is_muon && optimizer == Tier::Device {
+            let expected = "`host` for Muon, whose matrix products have no kernels for GPUs: offload the optimizer, \
+                            in stage 1 or above where there are several ranks";
             return wrong("offload.optimizer", "device", expected);
         }
         Ok(())

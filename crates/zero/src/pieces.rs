@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use shardwise_device::{Buffer, DType};
-use shardwise_kernels::optimizer::SquaredNorms;
 use shardwise_plan::pattern::NamePattern;
 use shardwise_plan::{ParamSpec, UnitLayout, ZeroStage};
 
@@ -54,8 +53,6 @@ pub(crate) struct Piece {
     /// The shard in which it lies, where it matters.
     pub shard: usize,
     pub states: Vec<State>,
-    /// LAMB's, between the two passes of a step.
-    pub norms: SquaredNorms,
 }
 
 /// One number for each element of a piece.
@@ -116,7 +113,7 @@ impl ZeroOptions {
         }
         let pieces = pieces.into_iter().map(|(range, settings, slot, shard)| {
             let states = self.states(&settings, range.len(), tiers)?;
-            Ok(Piece { range, settings, slot, shard, states, norms: SquaredNorms::default() })
+            Ok(Piece { range, settings, slot, shard, states })
         });
         pieces.collect()
     }

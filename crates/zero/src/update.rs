@@ -7,9 +7,7 @@
 //! ```
 //!
 //! Ranks orthogonalize the matrices of which they own a part: all get the same bits from the same numbers, and a matrix
-//! that straddles shards is computed more than once rather than sent. Norms of LAMB are summed within shards and
-//! then in rank order, also where one rank has all shards, so stages agree bit for bit. Where tensor ranks have parts of a
-//! parameter, one exchange more sums over them.
+//! that straddles shards is computed more than once rather than sent. LAMB's norms have a file of their own (`lamb.rs`).
 
 use std::mem::replace;
 use std::ops::Range;
@@ -17,13 +15,13 @@ use std::ops::Range;
 use half::{bf16, f16};
 use shardwise_device::{Buffer, DType, DeviceError, Slice, SliceMut};
 use shardwise_kernels::optimizer::{
-    Adagrad, Adam, ComputeCopy, Lamb, Lion, Muon, Noise, Sgd, SquaredNorms, States, Tensors, orthogonalize_on,
+    Adagrad, Adam, ComputeCopy, Lion, Muon, Noise, Sgd, States, Tensors, orthogonalize_on,
 };
 use shardwise_kernels::processor::StepSlices;
 use shardwise_kernels::{Processor, Threads};
 
 use crate::algorithm::Algorithm;
-use crate::lane::{Pending, sum_of};
+use crate::lane::Pending;
 use crate::pieces::{Piece, State};
 use crate::tiers::Tiers;
 use crate::unit::{GradState, ParamState, Trained, Unit};
@@ -49,7 +47,7 @@ impl Zero {
         }
         let directions = self.muon_directions(unit, update)?;
         let states = self.options.states;
-        let Zero { units, tiers, .. } = self;
+        let Zero { units, tiers, norms, .. } = self;
         let Unit { layout, owned, params, trained: Some(trained), .. } = &mut units[unit] else {
             unreachable!("checked above")
         };
@@ -75,12 +73,13 @@ impl Zero {
                 _ => settled_gradient(offloaded, grad, owned, at),
             };
             let (master, compute) = target.master_and_copy(master, range);
+            let norms = norms.as_mut().map(|table| table.place(unit, piece));
             piece.take_gradient(
                 &stepper,
                 update,
                 noise,
                 &slot.param.shape,
-                Moved { grad, master, compute },
+                Moved { grad, master, compute, norms },
             )?;
         }
         match self.options.optimizer {
@@ -95,63 +94,6 @@ impl Zero {
             Optimizer::Lamb(_) => Ok(()),
             _ => self.complete(unit),
         }
-    }
-
-    /// Ends the update of all units.
-    pub(crate) fn finish_update(&mut self, update: Update) -> Result<(), ZeroError> {
-        let Optimizer::Lamb(_) = self.options.optimizer else { return Ok(()) };
-        let norms = self.lamb_norms()?;
-        for (index, norms) in norms.iter().enumerate() {
-            let Zero { units, tiers, .. } = &mut *self;
-            let Unit { layout, owned, params, trained: Some(trained), .. } = &mut units[index] else {
-                continue;
-            };
-            let copy = params.owned_copy(&layout.name, owned.clone())?;
-            let mut target = Target::new(tiers, copy, &trained.pieces)?;
-            let Trained { master, pieces, .. } = &mut *trained;
-            for piece in pieces {
-                let (master, copy) = target.master_and_copy(master, piece.range.clone());
-                piece.apply_lamb(update, norms[piece.slot], master, copy)?;
-            }
-            target.finish(trained.master.as_ref())?;
-            self.complete(index)?;
-        }
-        Ok(())
-    }
-
-    /// The norms of every parameter of every unit, whole.
-    fn lamb_norms(&self) -> Result<Vec<Vec<SquaredNorms>>, ZeroError> {
-        // A row for each shard, with two numbers for each parameter.
-        let starts =
-            self.units.iter().scan(0, |start, unit| Some(replace(start, *start + unit.layout.slots.len())));
-        let starts: Vec<usize> = starts.collect();
-        let num_params: usize = self.units.iter().map(|unit| unit.layout.slots.len()).sum();
-        let num_shards = self.group().group_size();
-        let mut rows = vec![vec![0.0; 2 * num_params]; num_shards];
-        for (unit, start) in self.units.iter().zip(&starts) {
-            for piece in unit.trained.iter().flat_map(|trained| &trained.pieces) {
-                let at = 2 * (start + piece.slot);
-                rows[piece.shard][at..at + 2].copy_from_slice(&[piece.norms.param, piece.norms.update]);
-            }
-        }
-        if self.options.stage.shards_optimizer() {
-            rows = self.lane.exchange(&rows[self.group_rank])?;
-        }
-        let mut norms = sum_of(&rows, 2 * num_params);
-        if self.groups().tensor.group_size() > 1 {
-            // Each part once; the ranks that another speaks for take what it says.
-            for (unit, start) in self.units.iter().zip(&starts) {
-                for (slot, i) in unit.layout.slots.iter().zip(*start..) {
-                    if self.placement.tensor_replicas.contains(&slot.param.name) {
-                        norms[2 * i..2 * i + 2].fill(0.0);
-                    }
-                }
-            }
-            norms = sum_of(&self.lane.exchange_over_tensor(&norms)?, 2 * num_params);
-        }
-        let of = |i: usize| SquaredNorms { param: norms[2 * i], update: norms[2 * i + 1] };
-        let units = self.units.iter().zip(starts);
-        Ok(units.map(|(unit, start)| (start..start + unit.layout.slots.len()).map(of).collect()).collect())
     }
 
     /// The orthogonal directions of a unit's matrices, where this rank owns a part of them; nothing if it has no matrices.
@@ -219,7 +161,7 @@ impl Zero {
 }
 
 impl Piece {
-    fn lr(&self, update: Update) -> f64 {
+    pub(crate) fn lr(&self, update: Update) -> f64 {
         update.lr * self.settings.lr_scale
     }
 
@@ -260,16 +202,10 @@ impl Piece {
                 let lion = Lion { lr, beta1, beta2, weight_decay };
                 stepper.lion(&lion, grad_scale, moved.with(&mut self.states, noise))?;
             }
-            Algorithm::Lamb(_) => {
-                let [m, v] = &mut self.states[..] else { unreachable!("LAMB has two states") };
-                let lamb = lamb(self.settings.algorithm, lr, weight_decay, step);
-                let (grad, master) = (moved.grad.typed()?, moved.master.typed::<f32>()?);
-                let (m, v) = (m.values.typed_mut()?, v.values.typed_mut()?);
-                self.norms = lamb.moments_on(threads, grad_scale, grad, master, m, v);
-            }
+            Algorithm::Lamb(_) => self.take_moments(stepper, update, moved)?,
             Algorithm::Muon { momentum, direction, .. } => {
                 let muon = Muon { lr, momentum, direction, weight_decay };
-                let Moved { grad, master, compute } = moved;
+                let Moved { grad, master, compute, .. } = moved;
                 let (grad, master) = (grad.typed()?, master.typed()?);
                 let tensors =
                     Tensors { grad, master, states: States::F32([]), compute: compute_copy(compute)? };
@@ -288,50 +224,22 @@ impl Piece {
         muon.momentum_on(update.threads, update.grad_scale, grad, buffer, out);
         Ok(())
     }
-
-    /// LAMB's second pass.
-    fn apply_lamb(
-        &self,
-        update: Update,
-        norms: SquaredNorms,
-        master: SliceMut<'_>,
-        compute: Option<SliceMut<'_>>,
-    ) -> Result<(), DeviceError> {
-        let (lr, weight_decay) = (self.lr(update), self.settings.weight_decay);
-        let lamb = lamb(self.settings.algorithm, lr, weight_decay, update.step);
-        let (m, v) = (self.states[0].values.typed()?, self.states[1].values.typed()?);
-        lamb.apply_on(update.threads, norms, master.typed()?, m, v, compute_copy(compute)?);
-        Ok(())
-    }
-}
-
-fn lamb(algorithm: Algorithm, lr: f64, weight_decay: f64, step: u64) -> Lamb {
-    let Algorithm::Lamb(options) = algorithm else { unreachable!("LAMB takes all parameters or none") };
-    Lamb {
-        lr,
-        beta1: options.beta1,
-        beta2: options.beta2,
-        eps: options.eps,
-        weight_decay,
-        max_coeff: options.max_coeff,
-        min_coeff: options.min_coeff,
-        bias_correction: options.bias_correction,
-        step,
-    }
 }
 
 /// What a step reads and moves of one piece.
-struct Moved<'a> {
-    grad: Slice<'a>,
-    master: SliceMut<'a>,
+pub(crate) struct Moved<'a> {
+    pub grad: Slice<'a>,
+    pub master: SliceMut<'a>,
     /// Where the 16-bit copy goes, if there is one.
     compute: Option<SliceMut<'a>>,
+    /// Where LAMB's norms go.
+    pub norms: Option<SliceMut<'a>>,
 }
 
 impl<'a> Moved<'a> {
     fn with<const K: usize>(self, states: &'a mut [State], noise: Option<Noise>) -> StepSlices<'a, K> {
         let states: &mut [State; K] = states.try_into().expect("an algorithm's own states");
-        let Moved { grad, master, compute } = self;
+        let Moved { grad, master, compute, .. } = self;
         StepSlices {
             grad,
             master,

@@ -12,6 +12,7 @@ use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Place, PoolStats,
 use shardwise_kernels::{Processor, Threads, cast};
 use shardwise_plan::{Overlap, ParamSpec, UnitLayout, ZeroStage};
 
+use crate::lamb::NormTable;
 use crate::lane::{Lane, Pending};
 use crate::reduction::Reduction;
 use crate::scaler::LossScaler;
@@ -43,6 +44,8 @@ pub struct Zero {
     pub(crate) reducing: VecDeque<usize>,
     /// Elements of the largest unit: every gather buffer has room for it, so that any two are alike.
     gather_numel: usize,
+    /// LAMB's, within a step.
+    pub(crate) norms: Option<NormTable>,
     /// Applied steps.
     pub(crate) num_steps: u64,
     /// Counts steps, and knows the loss scale if there is one.
@@ -127,6 +130,7 @@ impl Zero {
             tiers,
             reducing: VecDeque::new(),
             gather_numel,
+            norms: None,
             num_steps: 0,
         };
         for layout in layouts {

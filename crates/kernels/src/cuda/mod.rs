@@ -18,7 +18,9 @@
 mod cache;
 mod code;
 mod cubin;
+mod dropout;
 mod error;
+mod lamb;
 mod launch;
 mod layers;
 mod norm;
@@ -27,11 +29,14 @@ mod optimizer;
 mod pack;
 mod search;
 mod source;
+mod split;
 
 pub use cache::{Cubin, KernelCache, Origin};
 pub use code::CompiledCode;
 pub use cubin::entry_points;
+pub use dropout::Dropout;
 pub use error::{Attempt, CudaKernelError};
+pub use lamb::{LambApply, LambApplyBuffers, LambMomentBuffers, LambMoments, LambNorms, LambRowSums};
 pub use launch::{DevicePtr, Entry, FloatType, Launch, LaunchPlan, Params};
 pub use layers::{
     CrossEntropy, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, Rotate, SwigluBackward, SwigluForward,
@@ -42,3 +47,4 @@ pub use optimizer::{AdagradStep, AdamStep, DeviceCopy, DeviceStates, LionStep, S
 pub use pack::{Pack, Segment};
 pub use search::Search;
 pub use source::{Header, Program, Source};
+pub use split::{SplitCombine, SplitGradients, SplitPartial};

@@ -34,9 +34,8 @@ impl SumOfSquares {
 
     /// The call for elements of type `x`.
     pub fn launch(self, x: FloatType) -> Launch<Self> {
-        const WARPS: u64 = 4;
-        let blocks = Self::num_sums(self.numel).div_ceil(WARPS);
-        let plan = LaunchPlan { grid: at_most(blocks, 1 << 20), block: 32 * WARPS as u32, shared_bytes: 0 };
+        // A warp for each: alone in its block, so that a few hundred reach all of a device.
+        let plan = LaunchPlan { grid: at_most(Self::num_sums(self.numel), 1 << 20), block: 32, shared_bytes: 0 };
         Launch::new(Source::Norm, x.pick(SUM_OF_SQUARES), plan, self)
     }
 }

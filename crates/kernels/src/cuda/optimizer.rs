@@ -110,14 +110,19 @@ impl<const K: usize> StepBuffers<K> {
         };
         let mut states = [DevicePtr::NULL; 2];
         states[..K].copy_from_slice(&pointers);
-        let (copy, copy_type) = match self.compute {
-            DeviceCopy::None => (DevicePtr::NULL, 0),
-            DeviceCopy::Bf16(copy) => (copy, 1),
-            DeviceCopy::F16(copy) => (copy, 2),
-        };
+        let (copy, copy_type) = copy_of(self.compute);
         let StepBuffers { grad, master, numel, .. } = self;
         let step = Step { grad, master, states, copy, numel, noise, copy_type, rule };
         Launch::new(Source::Optimizer, name, plan, params(step))
+    }
+}
+
+/// Where a copy goes, and the number of its type in the sources.
+pub(super) fn copy_of(compute: DeviceCopy) -> (DevicePtr, u32) {
+    match compute {
+        DeviceCopy::None => (DevicePtr::NULL, 0),
+        DeviceCopy::Bf16(copy) => (copy, 1),
+        DeviceCopy::F16(copy) => (copy, 2),
     }
 }
 

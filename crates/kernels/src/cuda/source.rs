@@ -1,6 +1,6 @@
 //! The sources in the tree, and the kernels each has.
 
-use super::{CudaKernelError, cubin, layers, norm, optimizer, pack};
+use super::{CudaKernelError, cubin, dropout, lamb, layers, norm, optimizer, pack, split};
 
 /// A text that sources include by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +45,12 @@ impl Program<'_> {
 pub enum Source {
     /// Cross-entropy and its gradient.
     CrossEntropy,
+    /// Cross-entropy over a split vocabulary.
+    CrossEntropySplit,
+    /// Dropout.
+    Dropout,
+    /// LAMB's passes.
+    Lamb,
     /// Sums of squares.
     Norm,
     /// Optimizer steps.
@@ -62,12 +68,16 @@ pub enum Source {
 const HEADERS: &[Header<'static>] = &[
     Header { name: "numbers.cuh", text: include_str!("../../cuda/numbers.cuh") },
     Header { name: "reduce.cuh", text: include_str!("../../cuda/reduce.cuh") },
+    Header { name: "softmax.cuh", text: include_str!("../../cuda/softmax.cuh") },
 ];
 
 impl Source {
     /// All sources.
-    pub const ALL: [Source; 7] = [
+    pub const ALL: [Source; 10] = [
         Source::CrossEntropy,
+        Source::CrossEntropySplit,
+        Source::Dropout,
+        Source::Lamb,
         Source::Norm,
         Source::Optimizer,
         Source::Pack,
@@ -90,6 +100,9 @@ impl Source {
         }
         match self {
             Source::CrossEntropy => source!("cross_entropy.cu", layers::CROSS_ENTROPY_ENTRIES),
+            Source::CrossEntropySplit => source!("cross_entropy_split.cu", split::ENTRIES),
+            Source::Dropout => source!("dropout.cu", dropout::ENTRIES),
+            Source::Lamb => source!("lamb.cu", lamb::ENTRIES),
             Source::Norm => source!("norm.cu", norm::ENTRIES),
             Source::Optimizer => source!("optimizer.cu", optimizer::ENTRIES),
             Source::Pack => source!("pack.cu", pack::ENTRIES),

@@ -57,6 +57,26 @@ pub struct SquaredNorms {
     pub update: f64,
 }
 
+impl SquaredNorms {
+    /// Of its bytes.
+    pub const NUM_BYTES: usize = 16;
+
+    /// As a table of norms has them.
+    pub fn to_bytes(self) -> [u8; Self::NUM_BYTES] {
+        let mut bytes = [0; Self::NUM_BYTES];
+        bytes[..8].copy_from_slice(&self.param.to_ne_bytes());
+        bytes[8..].copy_from_slice(&self.update.to_ne_bytes());
+        bytes
+    }
+
+    /// The norms of which these are the bytes.
+    pub fn from_bytes(bytes: [u8; Self::NUM_BYTES]) -> Self {
+        let [b0, b1, b2, b3, b4, b5, b6, b7, rest @ ..] = bytes;
+        let param = f64::from_ne_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
+        SquaredNorms { param, update: f64::from_ne_bytes(rest) }
+    }
+}
+
 impl std::ops::AddAssign for SquaredNorms {
     fn add_assign(&mut self, more: Self) {
         self.param += more.param;
@@ -156,7 +176,7 @@ impl Lamb {
     }
 
     /// The learning rate with the bias correction.
-    fn rate(&self) -> f64 {
+    pub(crate) fn rate(&self) -> f64 {
         let correction = |beta| self.bias_correction.of(beta, self.step);
         self.lr * correction(self.beta2).sqrt() / correction(self.beta1)
     }
@@ -169,7 +189,7 @@ impl Lamb {
         (norms.param.sqrt() / norms.update.sqrt()).min(self.max_coeff).max(self.min_coeff)
     }
 
-    fn factors(&self, grad_scale: f32) -> Factors {
+    pub(crate) fn factors(&self, grad_scale: f32) -> Factors {
         Factors {
             grad_scale,
             beta1: self.beta1 as f32,
@@ -182,8 +202,10 @@ impl Lamb {
     }
 }
 
+/// Of both passes. `cuda/lamb.cu` reads the same structure.
 #[derive(Debug, Clone, Copy)]
-struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     grad_scale: f32,
     beta1: f32,
     one_minus_beta1: f32,

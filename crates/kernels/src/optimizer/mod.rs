@@ -20,7 +20,7 @@
 
 pub(crate) mod adagrad;
 pub(crate) mod adam;
-mod lamb;
+pub(crate) mod lamb;
 pub(crate) mod lion;
 mod muon;
 mod pass;

@@ -20,6 +20,15 @@ pub(crate) struct Numbers {
     gap: u64,
 }
 
+/// The numbers of a slice by element: `first + e / run * (run + gap) + e % run`. Kernels read the same structure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Runs {
+    first: u64,
+    run: u64,
+    gap: u64,
+}
+
 impl Numbers {
     /// All numbers from `first` on.
     pub fn from(first: u64) -> Self {
@@ -34,6 +43,14 @@ impl Numbers {
         }
         let run = part.end - part.start;
         Some(Numbers { next: self.next.checked_add(part.start)?, left: run, run, gap: row_numel - run })
+    }
+
+    /// These numbers, of which none was taken yet, by element.
+    pub fn runs(self) -> Runs {
+        debug_assert_eq!(self.left, self.run, "a slice begins with a run");
+        // Runs without gaps are one.
+        let run = if self.gap == 0 { u64::MAX } else { self.run };
+        Runs { first: self.next, run, gap: self.gap }
     }
 
     /// Whether the numbers of `numel` elements, and one more than the last of them, fit 64 bits.

@@ -36,6 +36,8 @@ pub struct GpuProcessor {
     loaded: Mutex<Loaded>,
     /// Locked from the first launch until the sums are on the host, so that no two calls share it.
     sums: Mutex<Option<Sums>>,
+    /// Norms of blocks of elements, as bytes, between two calls of one pass of LAMB.
+    pub(super) norm_blocks: Mutex<Option<Buffer>>,
 }
 
 #[derive(Default)]
@@ -64,7 +66,13 @@ impl GpuProcessor {
     /// `code` gives what a compiler made of the sources, unchanged.
     pub unsafe fn new(stream: impl Into<Arc<Stream>>, code: impl MachineCode + 'static) -> Self {
         let stream = stream.into();
-        GpuProcessor { stream, code: Box::new(code), loaded: Mutex::default(), sums: Mutex::default() }
+        GpuProcessor {
+            stream,
+            code: Box::new(code),
+            loaded: Mutex::default(),
+            sums: Mutex::default(),
+            norm_blocks: Mutex::default(),
+        }
     }
 
     /// Work goes to `stream`, in the order of the calls. Kernels come from NVRTC and its cache.
@@ -140,7 +148,7 @@ impl GpuProcessor {
     }
 
     /// A view has to be in this GPU's memory, with a log or without: then it is used in the stream's order.
-    fn require_here(&self, view: Slice<'_>) -> Result<(), ProcessorError> {
+    pub(super) fn require_here(&self, view: Slice<'_>) -> Result<(), ProcessorError> {
         let expected = Place::Cuda { ordinal: self.gpu().ordinal() };
         match view.place() {
             place if place == expected => Ok(()),

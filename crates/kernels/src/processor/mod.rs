@@ -7,6 +7,7 @@
 mod error;
 mod gpu;
 mod host;
+mod lamb;
 mod step;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::optimizer::{Adagrad, Adam, Lion, Sgd};
 
 pub use error::ProcessorError;
 pub use gpu::{GpuProcessor, MachineCode};
+pub use lamb::{LambApplySlices, LambMomentSlices, NormColumn};
 pub use step::StepSlices;
 
 /// What computes on buffers. A clone is the same processor.

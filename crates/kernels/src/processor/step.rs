@@ -67,13 +67,10 @@ impl<'a, const K: usize> StepSlices<'a, K> {
                 None => DeviceStates::F32(states),
                 Some(noise) => DeviceStates::Bf16(states, noise),
             },
-            compute: match &self.compute {
-                None => DeviceCopy::None,
-                Some(copy) if copy.dtype() == DType::F16 => {
-                    DeviceCopy::F16(pointer("the copy", copy.as_slice(), DType::F16))
-                }
-                Some(copy) => DeviceCopy::Bf16(pointer("the copy", copy.as_slice(), DType::Bf16)),
-            },
+            compute: copy_at(self.compute.as_ref().map(|copy| {
+                pointer("the copy", copy.as_slice(), copy.dtype());
+                copy.as_slice()
+            })),
             numel: numel as u64,
         }
     }
@@ -93,6 +90,19 @@ fn all_typed<T: shardwise_device::Element, const K: usize>(
         typed.push(state.typed::<T>()?);
     }
     Ok(typed.try_into().unwrap_or_else(|_| unreachable!("as many as before")))
+}
+
+/// Where a kernel writes the 16-bit copy.
+///
+/// # Panics
+/// If it is of another type.
+pub(super) fn copy_at(compute: Option<Slice<'_>>) -> DeviceCopy {
+    match compute.map(|copy| (copy.dtype(), pointer_of(copy))) {
+        None => DeviceCopy::None,
+        Some((DType::Bf16, copy)) => DeviceCopy::Bf16(copy),
+        Some((DType::F16, copy)) => DeviceCopy::F16(copy),
+        Some((got, _)) => panic!("a copy of `{got}`, expected 16 bits"),
+    }
 }
 
 /// The address of a GPU's memory, for a kernel.

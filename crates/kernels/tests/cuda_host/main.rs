@@ -9,10 +9,13 @@
 
 #![allow(clippy::unwrap_used)] // a failed test may panic anywhere
 
+mod dropout;
 mod elements;
 mod harness;
+mod lamb;
 mod optimizer;
 mod reductions;
+mod split;
 
 use half::{bf16, f16};
 use shardwise_fake_gpu::{HostKernels, Order};

@@ -13,10 +13,10 @@ use super::{Device, Float, Random, SameBits, host, in_both_orders};
 
 /// How far sums of some thousand `f32` in another order may be apart, as a part of the largest result. Each addition rounds by
 /// 6e-8 at most; errors of trees and of 32 or more lanes add up to a few of these.
-const SUM_ORDER: f32 = 2e-6;
+pub const SUM_ORDER: f32 = 2e-6;
 
 /// Holds `got` against `expected`: apart by the order of sums, and one unit in the last place of 16 bits.
-fn assert_close<T: Float>(got: &[T], expected: &[T], what: &str) {
+pub fn assert_close<T: Float>(got: &[T], expected: &[T], what: &str) {
     assert_eq!(got.len(), expected.len(), "{what}");
     let largest = expected.iter().map(|x| x.wide().abs()).fold(0.0, f32::max);
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {

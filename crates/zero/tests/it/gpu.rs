@@ -93,6 +93,28 @@ pub fn use_on_gpu(zero: &mut Zero, unit: usize) {
     zero.end_use(unit).unwrap();
 }
 
+const LAMB: LambOptions = LambOptions {
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-6,
+    weight_decay: 0.1,
+    max_coeff: 10.0,
+    min_coeff: 0.01,
+    bias_correction: BiasCorrection::On,
+};
+
+fn muon() -> MuonOptions {
+    MuonOptions {
+        momentum: 0.95,
+        direction: Direction::Nesterov,
+        num_newton_schulz_steps: 5,
+        weight_decay: 0.1,
+        adamw: ADAM,
+        adamw_lr_scale: 0.5,
+        adamw_for: vec![],
+    }
+}
+
 fn model() -> Model {
     Model { units: vec![vec![300, 7], vec![64, 1, 33], vec![5], vec![40, 8, 500]], frozen: vec![2] }
 }
@@ -196,25 +218,7 @@ fn every_optimizer_gives_the_hosts_bits() {
     let sgd = |momentum, direction| {
         Optimizer::Sgd(SgdOptions { momentum, dampening: 0.0, direction, weight_decay: 0.1 })
     };
-    let lamb = LambOptions {
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-6,
-        weight_decay: 0.1,
-        max_coeff: 10.0,
-        min_coeff: 0.01,
-        bias_correction: BiasCorrection::On,
-    };
-    let muon = MuonOptions {
-        momentum: 0.95,
-        direction: Direction::Nesterov,
-        num_newton_schulz_steps: 5,
-        weight_decay: 0.1,
-        adamw: ADAM,
-        adamw_lr_scale: 0.5,
-        adamw_for: vec![],
-    };
-    let element_wise = [
+    let on_either = [
         Optimizer::AdamW(ADAM),
         Optimizer::Adam(ADAM),
         sgd(0.0, Direction::Momentum),
@@ -227,13 +231,14 @@ fn every_optimizer_gives_the_hosts_bits() {
             weight_decay: 0.1,
         }),
         Optimizer::Lion(LionOptions { beta1: 0.9, beta2: 0.99, weight_decay: 0.1 }),
+        Optimizer::Lamb(LAMB),
     ];
-    let cases = element_wise.into_iter().flat_map(|optimizer| {
+    let cases = on_either.into_iter().flat_map(|optimizer| {
         let all = [Offload::default(), ON_HOST];
         all.map(|offload| (optimizer.clone(), offload))
     });
-    let on_host_only = [Optimizer::Lamb(lamb), Optimizer::Muon(muon)].map(|optimizer| (optimizer, ON_HOST));
-    for (i, (optimizer, offload)) in cases.chain(on_host_only).enumerate() {
+    let on_host_only = (Optimizer::Muon(muon()), ON_HOST);
+    for (i, (optimizer, offload)) in cases.chain([on_host_only]).enumerate() {
         let looks_at_params = matches!(optimizer, Optimizer::Lamb(_) | Optimizer::Muon(_));
         for states in [StatePrecision::F32, StatePrecision::Bf16 { seed: 9 }] {
             if looks_at_params && states != StatePrecision::F32 {
@@ -245,6 +250,39 @@ fn every_optimizer_gives_the_hosts_bits() {
             let way = ALL_WAYS[i % ALL_WAYS.len()];
             let (found, _) = ranks(2, way, &ZeroOptions { offload, ..options.clone() });
             assert_eq!(found, expected, "{optimizer:?}, {states:?}, {offload:?}, {way:?}");
+        }
+    }
+}
+
+/// Norms of whole parameters, from one rank's shards or from all ranks', wherever they are.
+#[test]
+fn lamb_gives_the_hosts_bits_in_every_stage() {
+    for (num_ranks, overlap) in [(1, Overlap::Inline), (2, Overlap::Inline), (3, Overlap::SideThread)] {
+        let mut of_all_stages = None;
+        for stage in ZeroStage::ALL {
+            for compute in [DType::F32, DType::F16] {
+                let plain =
+                    ZeroOptions { optimizer: Optimizer::Lamb(LAMB), overlap, ..options(stage, compute) };
+                let expected = on_host(num_ranks, &plain);
+                if compute == DType::F32 {
+                    let weights = &*of_all_stages.get_or_insert_with(|| expected.weights.clone());
+                    assert_eq!(&expected.weights, weights, "{stage} on the host");
+                }
+                let mut tiers = vec![Offload::default()];
+                if stage.shards_parameters() {
+                    tiers.extend([ALL_ON_HOST, PARAMS_ON_HOST]);
+                }
+                for (i, offload) in tiers.into_iter().enumerate() {
+                    let way = ALL_WAYS[(i + num_ranks) % ALL_WAYS.len()];
+                    let what = format!("{num_ranks} ranks, {stage}, {compute}, {offload:?}, {way:?}");
+                    let options = ZeroOptions { offload, ..plain.clone() };
+                    let found = match num_ranks {
+                        1 => one_rank(way, &options).0,
+                        _ => ranks(num_ranks, way, &options).0,
+                    };
+                    assert_eq!(found, expected, "{what}");
+                }
+            }
         }
     }
 }
@@ -331,15 +369,12 @@ fn what_offloading_cannot_do_is_refused() {
     assert_eq!(refused(1, &stage_2), "`offload.params` is `host`, expected `device`, unless `stage` is 3");
     let stage_0 = ZeroOptions { offload: ON_HOST, ..options(ZeroStage::Zero, DType::Bf16) };
     assert!(refused(2, &stage_0).starts_with("`offload.optimizer` is `host`, expected `device` in stage 0"));
-    let lamb = LambOptions {
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-6,
-        weight_decay: 0.0,
-        max_coeff: 10.0,
-        min_coeff: 0.01,
-        bias_correction: BiasCorrection::On,
-    };
-    let on_device = ZeroOptions { optimizer: Optimizer::Lamb(lamb), ..options(ZeroStage::Two, DType::Bf16) };
-    assert!(refused(1, &on_device).starts_with("`offload.optimizer` is `device`, expected `host` for LAMB"));
+    for stage in ZeroStage::ALL {
+        let on_device = ZeroOptions { optimizer: Optimizer::Muon(muon()), ..options(stage, DType::Bf16) };
+        assert_eq!(
+            refused(2, &on_device),
+            "`offload.optimizer` is `device`, expected `host` for Muon, whose matrix products have no kernels for GPUs: \
+             offload the optimizer, in stage 1 or above where there are several ranks"
+        );
+    }
 }
