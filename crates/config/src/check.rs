@@ -10,7 +10,7 @@ use shardwise_plan::pipeline::StageCut;
 use crate::effective::{Note, NoteKind};
 use crate::error::ConfigError;
 use crate::json;
-use crate::schema::{Fate, Key, Kind, Schema, Unset, general, partition, schedule_kind};
+use crate::schema::{Fate, Key, Kind, Schema, Unset, bytes, general, partition, schedule_kind};
 use crate::value::{Data, Origin, Value, join};
 
 /// The batch sizes: the only keys where `"auto"` may be worked out.
@@ -220,6 +220,7 @@ pub(crate) fn matches(kind: Kind, value: &Value) -> bool {
             value.whole().is_some_and(|n| (i128::from(min)..=i128::from(max)).contains(&n))
         }
         (Kind::IntOrAuto(min, max), _) => value.text() == Some("auto") || matches(Kind::Int(min, max), value),
+        (Kind::Bytes, _) => bytes(value).is_some(),
         (Kind::Schedule, Data::Text(text)) => schedule_kind(text).is_some(),
         (Kind::StageCut, Data::Text(text)) => text.parse::<StageCut>().is_ok(),
         (Kind::Partition, Data::Text(text)) => partition(text).is_some(),

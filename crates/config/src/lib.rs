@@ -37,5 +37,8 @@ pub use run_config::*;
 pub use schedule::{LrSchedule, MomentumCycle, Rise, WarmupCurve};
 pub use shardwise_plan::pipeline::{ScheduleKind, StageCut};
 pub use shardwise_plan::zoo::SequenceParallel;
-pub use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, Overlap, ZeroStage};
+pub use shardwise_plan::{
+    ActivationPolicy, ActivationRules, Collectives, NamePattern, Offload as OffloadConfig, OffloadTo,
+    Overlap, ZeroStage,
+};
 pub use value::{Origin, SourceFile};

@@ -6,12 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
-use shardwise_plan::Overlap;
 use shardwise_plan::run::{RunPlan, RunShape, RunShapeError};
 use shardwise_plan::zoo::{self, ModelConfigError};
+use shardwise_plan::{Cuda, Overlap};
 
 use crate::error::{ConfigError, ConfigErrors};
-use crate::run_config::{CommOverlap, DataSource, ModelSource, RunConfig, TokenizerSource};
+use crate::run_config::{CommOverlap, DataSource, Device, ModelSource, RunConfig, TokenizerSource};
 use crate::value::{Origin, SourceFile};
 
 /// A model as described, not yet built.
@@ -48,6 +48,13 @@ impl RunConfig {
         let shape = RunShape {
             model,
             mesh: parallel.mesh(),
+            device: match self.device {
+                Device::Cpu => shardwise_plan::Device::Cpu,
+                Device::Cuda => shardwise_plan::Device::Cuda(Cuda {
+                    offload: self.zero.offload,
+                    collectives: self.cuda.collectives(),
+                }),
+            },
             schedule: (parallel.pipeline > 1).then_some(parallel.schedule),
             stage_cut: parallel.stage_cut.clone(),
             sequence: parallel.sequence,
@@ -102,13 +109,16 @@ impl RunConfig {
         }
     }
 
-    /// Where collectives run on a host of `num_cores`. Left to the engine, on a side thread if each rank has a core for one
-    /// beside its `threads`: on CPU a collective is copying.
+    /// Where collectives run on a host of `num_cores`. Left to the engine: on CPU, where a collective is copying, on a side thread if
+    /// each rank has a core for one beside its `threads`; beside a GPU always, for there nobody else computes.
     pub fn overlap(&self, num_cores: usize, threads: usize) -> Overlap {
         let num_ranks = self.parallel.world_size;
         match self.zero.overlap_comm {
             CommOverlap::Blocking => Overlap::Inline,
             CommOverlap::Overlapped => Overlap::SideThread,
+            CommOverlap::Automatic if self.device == Device::Cuda && self.parallel.data > 1 => {
+                Overlap::SideThread
+            }
             CommOverlap::Automatic if self.parallel.data > 1 && num_cores >= num_ranks * (threads + 1) => {
                 Overlap::SideThread
             }

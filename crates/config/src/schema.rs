@@ -7,11 +7,11 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use shardwise_plan::NamePattern;
 use shardwise_plan::pipeline::{ScheduleKind, StageCut};
+use shardwise_plan::{Bytes, NamePattern};
 
 use crate::keys;
-use crate::value::join;
+use crate::value::{Value, join};
 
 /// One row of a table.
 pub(crate) struct Key {
@@ -37,6 +37,8 @@ pub(crate) enum Kind {
     /// A number in a range, both ends included.
     Between(f64, f64),
     Text,
+    /// A number of bytes, at least one: whole, or as text with a unit.
+    Bytes,
     /// One of these words, in any case.
     Choice(&'static [&'static str]),
     Texts,
@@ -122,6 +124,7 @@ impl Kind {
             Kind::Within(min, max) => format!("a number of at least {min} and below {max}"),
             Kind::Between(min, max) => format!("a number from {min} to {max}"),
             Kind::Text => "text".to_string(),
+            Kind::Bytes => "bytes, such as `\"16GB\"`, `\"16GiB\"` or a whole number above 0".to_string(),
             Kind::Choice(words) => one_of(&quoted(words)),
             Kind::Texts => "a list of texts".to_string(),
             Kind::TextOrTexts => "text or a list of texts".to_string(),
@@ -142,6 +145,15 @@ impl Kind {
 /// A pipeline schedule by its name.
 pub(crate) fn schedule_kind(text: &str) -> Option<ScheduleKind> {
     text.to_ascii_lowercase().parse().ok()
+}
+
+/// A number of bytes above 0.
+pub(crate) fn bytes(value: &Value) -> Option<u64> {
+    let bytes = match value.text() {
+        Some(text) => text.parse().ok().map(|Bytes(bytes)| bytes),
+        None => value.whole().and_then(|number| u64::try_from(number).ok()),
+    };
+    bytes.filter(|&bytes| bytes > 0)
 }
 
 /// What DeepSpeed's word for a cut means; `None` within for `best`, which leaves it open: DeepSpeed reads it nowhere, and its

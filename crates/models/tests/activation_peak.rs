@@ -56,6 +56,7 @@ fn measure(case: &Case) -> (f64, f64, f64) {
     let shape = RunShape {
         model: model.clone(),
         mesh: Mesh::new(1, 1, 1).unwrap(),
+        device: shardwise_plan::Device::Cpu,
         schedule: None,
         stage_cut: StageCut::Parameters,
         sequence: SequenceParallel::Off,

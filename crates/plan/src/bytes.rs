@@ -3,8 +3,11 @@
 use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign};
+use std::str::FromStr;
 
 use serde::Serialize;
+
+use crate::quantity::scaled;
 
 /// A number of bytes. Prints as people read it: `812 MiB`, `2.55 GiB`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -20,6 +23,23 @@ impl Bytes {
     /// In units of 2^20 bytes.
     pub fn mib(self) -> f64 {
         self.0 as f64 / (1u64 << 20) as f64
+    }
+}
+
+/// Text that is no number of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected bytes, such as `80GB` or `512MiB`")]
+pub struct NotBytes;
+
+impl FromStr for Bytes {
+    type Err = NotBytes;
+
+    /// Bytes as people type them: `80GB`, `512 MiB`, `1e9`.
+    fn from_str(text: &str) -> Result<Bytes, NotBytes> {
+        match scaled(text.strip_suffix('B').unwrap_or(text)) {
+            Some(bytes) if bytes < u64::MAX as f64 => Ok(Bytes(bytes as u64)),
+            _ => Err(NotBytes),
+        }
     }
 }
 
@@ -63,6 +83,23 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_what_people_type() {
+        for (text, bytes) in [
+            ("80GB", 80_000_000_000),
+            ("16 GB", 16_000_000_000),
+            ("1.5GiB", 3 << 29),
+            ("16Gi", 16 << 30),
+            ("1e9", 1_000_000_000),
+            ("300", 300),
+        ] {
+            assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
+        }
+        for bad in ["", "GB", "-1GB", "80XB", "80i", "nan", "1e30"] {
+            assert_eq!(bad.parse::<Bytes>(), Err(NotBytes), "{bad}");
+        }
+    }
 
     #[test]
     fn prints_three_digits_and_a_unit() {

@@ -13,6 +13,7 @@
 //! | [`layout`] | where does each parameter lie in its unit's flat buffer, and which part is a rank's shard? |
 //! | [`pipeline`] | which layers does a pipeline stage hold, and in what order does it run them? |
 //! | [`activations`] | what becomes of a layer's activations until its backward? |
+//! | [`gpu`] | what does a rank with a GPU keep on the host? |
 //! | [`memory`] | how many bytes does a rank need, by kind? |
 //! | [`traffic`] | how many elements does a rank send in a step? |
 //! | [`share`] | what does one rank of a mesh hold and send? |
@@ -24,6 +25,7 @@
 
 pub mod activations;
 mod bytes;
+pub mod gpu;
 pub mod layout;
 pub mod local;
 pub mod memory;
@@ -33,6 +35,7 @@ pub mod param;
 pub mod pattern;
 pub mod pipeline;
 pub mod planner;
+pub mod quantity;
 pub mod run;
 pub mod share;
 mod stage;
@@ -41,7 +44,8 @@ pub mod traffic;
 pub mod zoo;
 
 pub use activations::{ActivationPolicy, ActivationRules, LossTurn};
-pub use bytes::Bytes;
+pub use bytes::{Bytes, NotBytes};
+pub use gpu::{Collectives, Cuda, Device, Offload, OffloadTo};
 pub use layout::{Fragment, ParamSlot, UnitLayout};
 pub use local::LocalBlock;
 pub use mesh::{Axis, Coordinates, Mesh};

@@ -14,17 +14,19 @@
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
-use std::ops::Range;
 
 use crate::layout::units_on_stage;
 use crate::memory::{
-    Flow, LayerActivations, LayerLoad, LayerParams, Learning, MemoryPlan, StateWidths, Workload, Written,
-    first_backward, layer_params,
+    Calls, Flow, LayerActivations, LayerLoad, LayerParams, Learning, MemoryPlan, StateWidths, Workload,
+    Written, first_backward, layer_params,
 };
 use crate::pipeline::{ScheduleKind, Stages};
 use crate::traffic::{AxisTraffic, Traffic};
 use crate::zoo::SequenceParallel;
-use crate::{ActivationPolicy, Axis, Bytes, LayerSpec, Mesh, Overlap, ParamSpec, UnitLayout, ZeroStage};
+use crate::{
+    ActivationPolicy, Axis, Bytes, Device, LayerSpec, Mesh, OffloadTo, Overlap, ParamSpec, UnitLayout,
+    ZeroStage,
+};
 
 /// What a rank of one pipeline stage holds.
 #[derive(Debug, Clone)]
@@ -143,6 +145,8 @@ pub struct Step<'a> {
     pub num_microbatches: usize,
     /// Whether collectives of the data axis run beside the computation.
     pub overlap: Overlap,
+    /// Where ranks compute.
+    pub device: Device,
 }
 
 /// What a rank says of a token's scores: their maximum, the sum of their exponentials, the target's score, in fp32.
@@ -164,6 +168,8 @@ impl Step<'_> {
             units: &share.units,
             layers: &self.loads(share),
             flow: self.flow(share),
+            device: self.device,
+            calls: self.calls(share),
             num_groups: self.num_groups(share),
             compute_bytes: self.compute_bytes,
             widths: self.widths,
@@ -183,6 +189,15 @@ impl Step<'_> {
         of_axes + of_messages + share.shared.len().min(1)
     }
 
+    /// Calls that may be under way at a time: those of the caller's thread, one of the side thread, and messages, which have threads.
+    fn calls(&self, share: &Share) -> Calls {
+        let [data, tensor] = [Axis::Data, Axis::Tensor].map(|axis| self.mesh.degree(axis) > 1);
+        let beside = data && self.overlap == Overlap::SideThread;
+        let in_turn = tensor || !share.shared.is_empty() || (data && !beside);
+        let messages = self.flow(share).map_or(0, |flow| flow.num_messages);
+        Calls { collectives: usize::from(beside) + usize::from(in_turn), messages }
+    }
+
     fn loads<'b>(&self, share: &'b Share) -> Vec<LayerLoad<'b>> {
         let load = |(&layer, params): (&usize, &'b LayerParams)| LayerLoad {
             params,
@@ -194,8 +209,17 @@ impl Step<'_> {
                 Ordering::Greater => Learning::Input,
             },
             policy: self.policies[layer],
+            input_at: self.input_at(layer),
         };
         share.layers.iter().zip(&share.params).map(load).collect()
+    }
+
+    /// Where a layer's input waits for its backward: on CPU there is one memory.
+    fn input_at(&self, layer: usize) -> OffloadTo {
+        match (self.device, self.policies[layer]) {
+            (Device::Cuda(_), ActivationPolicy::Offload) => OffloadTo::Host,
+            _ => OffloadTo::Device,
+        }
     }
 
     /// Elements of a layer's input for each token. The model's input is token ids.
@@ -208,7 +232,13 @@ impl Step<'_> {
             let num_chunks = self.schedule.map_or(1, ScheduleKind::num_chunks);
             let chunks = || (0..num_chunks).map(|chunk| self.stages.layers(share.stage, chunk));
             let num_layers = self.activations.len();
-            let is_recomputed = |chunk: &Range<usize>| self.policies[chunk.end - 1].recomputes();
+            let stays = |layer: usize| self.input_at(layer) == OffloadTo::Device;
+            // Before the next chunk's input waits on the host, the output that would be kept as such is gone.
+            let nexts = chunks().map(Some).skip(1).chain([None]);
+            let sent = chunks().zip(nexts).filter(|(chunk, next)| {
+                let is_kept = next.as_ref().is_none_or(|next| stays(next.start));
+                self.policies[chunk.end - 1].recomputes() && is_kept
+            });
             let [before, after] =
                 [chunks().any(|chunk| chunk.start > 0), chunks().any(|chunk| chunk.end < num_layers)];
             Flow {
@@ -218,11 +248,11 @@ impl Step<'_> {
                     _ => 0,
                 },
                 num_chunks,
-                received: chunks().map(|chunk| self.input(chunk.start)).sum(),
-                sent: chunks()
-                    .filter(is_recomputed)
-                    .map(|chunk| self.activations[chunk.end - 1].output)
+                received: chunks()
+                    .filter(|chunk| stays(chunk.start))
+                    .map(|chunk| self.input(chunk.start))
                     .sum(),
+                sent: sent.map(|(chunk, _)| self.activations[chunk.end - 1].output).sum(),
                 message: self.boundary_numel(),
                 num_messages: 2 * (usize::from(before) + usize::from(after)),
             }

@@ -24,7 +24,7 @@ use half::{bf16, f16};
 use shardwise_comm::Part;
 use shardwise_device::{Buffer, BufferPool, DType, Slice};
 use shardwise_kernels::processor::Piece;
-use shardwise_plan::memory::NUM_REDUCING;
+use shardwise_plan::memory::{NUM_GOING_DOWN, NUM_REDUCING};
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
@@ -35,7 +35,7 @@ use crate::{Zero, ZeroError};
 const MAX_REDUCING: usize = NUM_REDUCING - 1;
 
 /// Gradients under way to the host: it takes one in while the GPU is at the next ones.
-const MAX_GOING_DOWN: usize = 3;
+const MAX_GOING_DOWN: usize = NUM_GOING_DOWN - 1;
 
 impl Zero {
     /// Takes the gradients of one unit in one micro-batch: one for each of its parameters, in their order and in the

@@ -1,13 +1,11 @@
 //! Quantities as people type them: `80GB`, `25GB/s`, `400T`.
 
-use shardwise_plan::Bytes;
+use shardwise_plan::quantity::scaled;
+use shardwise_plan::{Bytes, NotBytes};
 
 /// Bytes: `80GB`, `512MiB`, `1e9`.
 pub fn bytes(text: &str) -> Result<Bytes, String> {
-    match scaled(text.strip_suffix('B').unwrap_or(text)) {
-        Some(bytes) if bytes < u64::MAX as f64 => Ok(Bytes(bytes as u64)),
-        _ => Err("expected bytes, such as `80GB` or `512MiB`".to_owned()),
-    }
+    text.parse().map_err(|error: NotBytes| error.to_string())
 }
 
 /// Bytes in a second: `25GB/s`.
@@ -21,20 +19,6 @@ pub fn rate(text: &str) -> Result<f64, String> {
 pub fn flops(text: &str) -> Result<f64, String> {
     let rate = scaled(text).filter(|&rate| rate > 0.0);
     rate.ok_or_else(|| "expected operations in a second, such as `400T`".to_owned())
-}
-
-/// A number with a prefix: `k` to `P` by thousands, `Ki` to `Pi` by 1024.
-fn scaled(text: &str) -> Option<f64> {
-    const PREFIXES: [(&str, i32); 6] = [("k", 1), ("K", 1), ("M", 2), ("G", 3), ("T", 4), ("P", 5)];
-    let (text, base) = text.strip_suffix('i').map_or((text, 1000.0), |text| (text, 1024.0));
-    let prefix = PREFIXES.into_iter().find_map(|(prefix, power)| Some((text.strip_suffix(prefix)?, power)));
-    let (number, power) = match prefix {
-        Some(found) => found,
-        None if base == 1000.0 => (text, 0),
-        None => return None,
-    };
-    let number: f64 = number.parse().ok()?;
-    (number.is_finite() && number >= 0.0).then(|| number * f64::powi(base, power))
 }
 
 /// A rate as it is typed: `400 T`.

@@ -4,6 +4,7 @@
 //! part that cannot be assembled is `None`, and an error says why. What is read and how ranks divide the work is here; the
 //! rest has modules of its own.
 
+mod gpu;
 mod lookup;
 mod numerics;
 mod optimizer;
@@ -45,7 +46,9 @@ impl Assembler<'_> {
     fn run(&mut self) -> Option<RunConfig> {
         let seed = self.get("seed", whole);
         let steps = self.get("steps", whole);
-        let device = self.get("device", |_| Some(Device::Cpu));
+        let device = self.device();
+        let place = device.as_ref().map(|device| device.value);
+        let cuda = self.cuda(place);
         let threads = self.optional("threads_per_rank", whole);
         let model = self.model(seed.clone());
         let data = self.data(seed.clone());
@@ -64,10 +67,12 @@ impl Assembler<'_> {
         let num_steps = steps.as_ref().map(|steps| steps.value);
         let lr_schedule = self.lr_schedule(num_steps);
         let clip = self.get("deepspeed.gradient_clipping", Value::number);
-        let zero = self.zero();
-        let activations = self.activations();
+        let zero = self.zero(place, parallel.as_ref().map(|parallel| parallel.data));
+        self.suits_device(place, optimizer.as_ref(), zero.map(|zero| zero.offload));
+        let activations = self.activations(place);
         let train = self.train(lr_schedule.as_ref(), loss_scaling.flatten(), non_finite_grads);
         let checkpoint = self.checkpoint();
+        let trace = self.trace(num_steps);
         let steps_per_print = self.optional("deepspeed.steps_per_print", whole);
         Some(RunConfig {
             model: model?,
@@ -76,6 +81,7 @@ impl Assembler<'_> {
             steps: self.keep("steps", steps?),
             seed: self.keep("seed", seed?),
             device: self.keep("device", device?),
+            cuda: cuda?,
             threads_per_rank: self.keep("threads_per_rank", threads?).map(|n| n as usize),
             parallel: parallel?,
             batch: batch?,
@@ -92,6 +98,7 @@ impl Assembler<'_> {
             train: train?,
             checkpoint: checkpoint?,
             report: ReportConfig { steps_per_print: self.keep("report.steps_per_print", steps_per_print?) },
+            trace: trace?,
         })
     }
 

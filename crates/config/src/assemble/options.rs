@@ -1,4 +1,4 @@
-//! What layers hold, which parameters are treated apart, what is saved and what is measured.
+//! What layers hold, which parameters are treated apart, what is saved, measured and traced.
 
 use shardwise_plan::{ActivationPolicy, NamePattern};
 
@@ -15,7 +15,7 @@ const MAX_SKIPS: u64 = 20;
 impl Assembler<'_> {
     /// DeepSpeed's block says how checkpointing works where the model's code calls for it. Here no code does: layers are
     /// checkpointable as they are, so the block calls for it once one of its settings only makes sense with it.
-    pub fn activations(&mut self) -> Option<ActivationConfig> {
+    pub fn activations(&mut self, device: Option<Device>) -> Option<ActivationConfig> {
         const OURS: &str = "activations.policy";
         const THEIRS: [(&str, ActivationPolicy, &str); 3] = [
             (
@@ -59,7 +59,7 @@ impl Assembler<'_> {
             let offloads = rules.value.iter().any(|rule| rule.policy == ActivationPolicy::Offload);
             deciding = if offloads { self.setting("activations.rules") } else { None };
         }
-        if let Some(setting) = deciding {
+        if let (Some(setting), Some(Device::Cpu)) = (deciding, device) {
             let reason = "on `cpu` host memory is where the inputs of layers are anyway: offload saves what recompute saves";
             self.note(&setting, NoteKind::Remark, reason);
         }
@@ -202,6 +202,31 @@ impl Assembler<'_> {
             writing: self.keep("checkpoint.writing", writing?),
             on_failure: self.keep("checkpoint.on_failure", on_failure?),
         })
+    }
+
+    /// The outer option is `None` where something is wrong.
+    pub fn trace(&mut self, steps: Option<u64>) -> Option<Option<TraceConfig>> {
+        const FIRST: &str = "trace.first_step";
+        const NUM: &str = "trace.num_steps";
+        let (first, num) = (self.optional(FIRST, whole), self.get(NUM, whole));
+        let (first, num) = (first?, num?);
+        let Some(first_step) = first.value else {
+            self.no_effect(NUM, "`trace.first_step` is not set, so no step is traced");
+            self.sources.insert("trace".to_string(), Source::Default);
+            return Some(None);
+        };
+        let steps = steps?;
+        if first_step > steps {
+            let at = self.setting(FIRST)?.value.at;
+            let message = format!("`{FIRST}` is `{first_step}`, but the run ends with step `{steps}`");
+            self.conflict(at, message, "choose an earlier one, or leave `trace` out");
+        } else if num.value > steps - first_step + 1
+            && let Some(setting) = self.setting(NUM)
+        {
+            self.note(&setting, NoteKind::Remark, &format!("the trace ends with the run, at step {steps}"));
+        }
+        self.sources.insert(FIRST.to_string(), first.source);
+        Some(Some(TraceConfig { first_step, num_steps: self.keep(NUM, num) }))
     }
 
     /// The outer option is `None` where something is wrong.

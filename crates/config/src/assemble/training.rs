@@ -70,7 +70,7 @@ impl Assembler<'_> {
         }
     }
 
-    pub fn zero(&mut self) -> Option<ZeroConfig> {
+    pub fn zero(&mut self, device: Option<Device>, num_replicas: Option<usize>) -> Option<ZeroConfig> {
         let stage = self.get("deepspeed.zero_optimization.stage", |value| {
             ZeroStage::try_from(u8::try_from(value.whole()?).ok()?).ok()
         })?;
@@ -83,9 +83,11 @@ impl Assembler<'_> {
             },
             source: overlap.source,
         };
+        let offload = self.offload(device, stage.value, num_replicas)?;
         Some(ZeroConfig {
             stage: self.keep("zero.stage", stage),
             overlap_comm: self.keep("zero.overlap_comm", overlap),
+            offload,
         })
     }
 }

@@ -6,7 +6,12 @@ const WHOLE: &str =
     "a unit (one layer's parameters) is gathered and reduced whole, so there is no bucket to size";
 const PREFETCH: &str = "the next unit is prefetched whole while the current one computes";
 const LIFETIME: &str = "a unit lives from its gather to its release, so nothing else has to be limited";
-const NO_OFFLOAD: &str = "nothing is offloaded (`device` is `none`)";
+const MOVED_WHOLE: &str = "a unit (one layer's parameters) is moved whole, so there are no buffers to size";
+const PINNED: &str = "what a rank with a GPU keeps on the host is always pinned";
+const BESIDE: &str = "gradients go down and parameters come up beside the computation in any case";
+const HOST_HOLDS: &str = "`\"cpu\"` keeps it in host memory";
+const OFFLOADS: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
+const TO_HOST: &[&str] = &["\"none\"", "\"cpu\""];
 const NO_NVME: &str = "nothing is offloaded to NVMe";
 const NO_HOOKS: &str = "there are no module hooks to tune: a unit is a layer";
 
@@ -129,41 +134,57 @@ pub(crate) const KEYS: &[Key] = &[
     no_effect("zero_optimization.leaf_module.name_suffixes", TEXTS, NONE, NO_HOOKS),
     // Offload
     group("zero_optimization.offload_optimizer"),
-    only(
-        "zero_optimization.offload_optimizer.device",
-        Kind::Choice(&["none", "cpu", "nvme"]),
-        is("\"none\""),
-        &["\"none\""],
-        "",
+    only("zero_optimization.offload_optimizer.device", OFFLOADS, is("\"none\""), TO_HOST, HOST_HOLDS),
+    no_effect("zero_optimization.offload_optimizer.nvme_path", TEXT, NONE, NO_NVME),
+    no_effect("zero_optimization.offload_optimizer.buffer_count", SIZE, is("4"), MOVED_WHOLE),
+    no_effect("zero_optimization.offload_optimizer.pin_memory", BOOL, TRUE, PINNED),
+    no_effect("zero_optimization.offload_optimizer.pipeline", BOOL, FALSE, BESIDE),
+    no_effect("zero_optimization.offload_optimizer.pipeline_read", BOOL, FALSE, BESIDE),
+    no_effect("zero_optimization.offload_optimizer.pipeline_write", BOOL, FALSE, BESIDE),
+    no_effect(
+        "zero_optimization.offload_optimizer.fast_init",
+        BOOL,
+        FALSE,
+        "state is born where it is kept, element by element",
     ),
-    no_effect("zero_optimization.offload_optimizer.nvme_path", TEXT, NONE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.buffer_count", SIZE, is("4"), NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.pin_memory", BOOL, TRUE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.pipeline", BOOL, FALSE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.pipeline_read", BOOL, FALSE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.pipeline_write", BOOL, FALSE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.fast_init", BOOL, FALSE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.ratio", Kind::AtLeast(0.0), is("1.0"), NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.super_offload", BOOL, FALSE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_optimizer.cpuadam_cores_perc", POSITIVE, is("0.8"), NO_OFFLOAD),
+    only(
+        "zero_optimization.offload_optimizer.ratio",
+        Kind::AtLeast(0.0),
+        is("1.0"),
+        &["1.0"],
+        "all of the optimizer's state is offloaded, or none of it",
+    ),
+    off(
+        "zero_optimization.offload_optimizer.super_offload",
+        "the host computes a step once its whole gradient is known",
+    ),
+    no_effect(
+        "zero_optimization.offload_optimizer.cpuadam_cores_perc",
+        POSITIVE,
+        is("0.8"),
+        "the run file's `threads_per_rank` says how many threads compute a step",
+    ),
     group("zero_optimization.offload_param"),
-    only(
-        "zero_optimization.offload_param.device",
-        Kind::Choice(&["none", "cpu", "nvme"]),
-        is("\"none\""),
-        &["\"none\""],
-        "",
+    only("zero_optimization.offload_param.device", OFFLOADS, is("\"none\""), TO_HOST, HOST_HOLDS),
+    no_effect("zero_optimization.offload_param.nvme_path", TEXT, NONE, NO_NVME),
+    no_effect("zero_optimization.offload_param.buffer_count", SIZE, is("5"), MOVED_WHOLE),
+    no_effect("zero_optimization.offload_param.buffer_size", SIZE, is("100000000"), MOVED_WHOLE),
+    no_effect(
+        "zero_optimization.offload_param.max_in_cpu",
+        SIZE,
+        is("1000000000"),
+        "host memory holds all that is offloaded",
     ),
-    no_effect("zero_optimization.offload_param.nvme_path", TEXT, NONE, NO_OFFLOAD),
-    no_effect("zero_optimization.offload_param.buffer_count", SIZE, is("5"), NO_OFFLOAD),
-    no_effect("zero_optimization.offload_param.buffer_size", SIZE, is("100000000"), NO_OFFLOAD),
-    no_effect("zero_optimization.offload_param.max_in_cpu", SIZE, is("1000000000"), NO_OFFLOAD),
-    no_effect("zero_optimization.offload_param.pin_memory", BOOL, TRUE, NO_OFFLOAD),
-    off("zero_optimization.cpu_offload", "it is the old form of `offload_optimizer`"),
-    off("zero_optimization.cpu_offload_param", "it is the old form of `offload_param`"),
-    off("zero_optimization.cpu_offload_params", "it is the old form of `offload_param`"),
-    no_effect("zero_optimization.cpu_offload_use_pin_memory", BOOL, FALSE, "nothing is offloaded"),
-    refused("zero_optimization.zenflow", Kind::Group, "leave it out: nothing is offloaded"),
+    no_effect("zero_optimization.offload_param.pin_memory", BOOL, TRUE, PINNED),
+    used("zero_optimization.cpu_offload", BOOL, FALSE),
+    used("zero_optimization.cpu_offload_param", BOOL, FALSE),
+    used("zero_optimization.cpu_offload_params", BOOL, FALSE),
+    no_effect("zero_optimization.cpu_offload_use_pin_memory", BOOL, FALSE, PINNED),
+    refused(
+        "zero_optimization.zenflow",
+        Kind::Group,
+        "leave it out: where the optimizer is offloaded, the host computes each step whole",
+    ),
     inner("zero_optimization.zenflow.topk_ratio", NUMBER),
     inner("zero_optimization.zenflow.select_strategy", ANY),
     inner("zero_optimization.zenflow.select_interval", ANY),

@@ -3,6 +3,7 @@
 //! What comes out of [`RunConfig::load`] needs no further checks of its own: values are in range, fit together, and
 //! mean what their types say. The rest of the project reads these fields and no file.
 
+mod cuda;
 mod inputs;
 mod numerics;
 mod optimizer;
@@ -10,8 +11,9 @@ mod parallel;
 mod saving;
 
 use serde::Serialize;
-use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, ZeroStage};
+use shardwise_plan::{ActivationPolicy, ActivationRules, NamePattern, Offload, ZeroStage};
 
+pub use cuda::*;
 pub use inputs::*;
 pub use numerics::*;
 pub use optimizer::*;
@@ -35,6 +37,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where it computes.
     pub device: Device,
+    /// How it uses GPUs, if it computes on some.
+    pub cuda: CudaConfig,
     /// Threads of each rank; `None` shares the cores of the host evenly.
     pub threads_per_rank: Option<usize>,
     /// How the ranks divide the work.
@@ -67,14 +71,8 @@ pub struct RunConfig {
     pub checkpoint: CheckpointConfig,
     /// What is shown while training.
     pub report: ReportConfig,
-}
-
-/// Where the run computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Device {
-    /// The host's processors.
-    Cpu,
+    /// Which steps leave a trace of what ran when; `None` for none.
+    pub trace: Option<TraceConfig>,
 }
 
 /// Batch sizes in samples: `global_batch_size = micro_batch * grad_accum_steps * data-parallel ranks`.
@@ -95,6 +93,8 @@ pub struct ZeroConfig {
     pub stage: ZeroStage,
     /// Whether communication runs beside computation.
     pub overlap_comm: CommOverlap,
+    /// What ranks with GPUs keep in host memory; nothing on CPU, where all is there.
+    pub offload: Offload,
 }
 
 /// Whether communication runs beside computation.
@@ -205,4 +205,13 @@ impl RunConfig {
 pub struct ReportConfig {
     /// Steps between two printed lines; `None` leaves it to the terminal at hand.
     pub steps_per_print: Option<u64>,
+}
+
+/// Which steps leave a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct TraceConfig {
+    /// The first one, from 1; not after the run's last.
+    pub first_step: u64,
+    /// How many.
+    pub num_steps: u64,
 }

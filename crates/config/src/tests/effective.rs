@@ -35,6 +35,9 @@ eval                                 null         default
 steps                                200          run.json:4
 seed                                 7            --set seed=7
 device                               "cpu"        default
+cuda.collectives                     "auto"       default
+cuda.sharing                         "exclusive"  default
+cuda.memory_limit                    null         default
 threads_per_rank                     null         default
 parallel.world_size                  2            -n
 parallel.data                        2            derived from ranks / (`pipeline` x `tensor`)
@@ -65,6 +68,8 @@ lr_schedule.lr                       0.0003       ds.json:6 `optimizer.params.lr
 clip_grad_norm                       1.0          default
 zero.stage                           3            --set deepspeed.zero_optimization.stage=3
 zero.overlap_comm                    "automatic"  default
+zero.offload.optimizer               "device"     default
+zero.offload.params                  "device"     default
 activations.policy                   "keep"       default
 activations.rules                    []           default
 activations.head_chunk_tokens        null         default
@@ -77,6 +82,7 @@ checkpoint.keep                      null         default
 checkpoint.writing                   "blocking"   default
 checkpoint.on_failure                "stop"       default
 report.steps_per_print               null         default
+trace                                null         default
 note: `gradient_clipping` is not set: gradients are clipped to a norm of 1.0, as DeepSpeed 0.19 does; older versions did not clip (0 turns it off)
 note: `zero_optimization.reduce_bucket_size` (ds.json:7): no effect: a unit (one layer's parameters) is gathered and reduced whole, so there is no bucket to size
 note: `fp16.loss_scale` (ds.json:5), `fp16.hysteresis` (ds.json:5): no effect: `fp16` is off
@@ -116,7 +122,7 @@ fn the_json_holds_the_same() {
 fn every_form_of_configuration_has_a_source_for_every_value() {
     let run = run_with(&deepspeed(""));
     // Loading fails on a value without a source; these are the forms that a configuration can take.
-    let forms: [&[&str]; 29] = [
+    let forms: [&[&str]; 32] = [
         &[],
         &["model={\"config\": {}}"],
         &["parallel={\"pipeline\": 3, \"schedule\": \"zero-bubble\", \"stages\": \"pattern:*.h.*\"}"],
@@ -150,6 +156,16 @@ fn every_form_of_configuration_has_a_source_for_every_value() {
         &["lr_schedule={\"type\": \"cosine\"}"],
         &["activations={\"policy\": \"offload\", \"rules\": [{\"match\": \"a\", \"policy\": \"keep\"}]}"],
         &["eval={\"tokens\": \"e.bin\", \"every\": 5}"],
+        &["trace={\"first_step\": 3, \"num_steps\": 2}"],
+        &[
+            "device=cuda",
+            "deepspeed.zero_optimization.cpu_offload=true",
+            "deepspeed.zero_optimization.stage=1",
+        ],
+        &[
+            "deepspeed.zero_optimization.offload_param.device=cpu",
+            "cuda={\"share\": true, \"memory_limit\": 5e9}",
+        ],
         &["checkpoint={\"every\": 10, \"async\": true}", "train.groups=[{\"match\": \"a\", \"lr\": 1}]"],
     ];
     for sets in forms {

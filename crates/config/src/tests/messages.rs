@@ -134,9 +134,14 @@ fn what_is_not_supported_yet_is_refused_by_name() {
              throughout, and inputs are token ids",
         ),
         (
-            r#", "zero_optimization": {"offload_optimizer": {"device": "cpu"}}"#,
-            "zero_optimization.offload_optimizer.device` = `\"cpu\"` is not supported yet\nhint: set it to `\"none\"` or \
-             leave it out",
+            r#", "zero_optimization": {"offload_optimizer": {"device": "nvme"}}"#,
+            "zero_optimization.offload_optimizer.device` = `\"nvme\"` is not supported yet\nhint: set it to `\"none\"` or \
+             leave it out; `\"cpu\"` keeps it in host memory",
+        ),
+        (
+            r#", "zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}"#,
+            "zero_optimization.offload_optimizer.ratio` = `0.3` is not supported yet\nhint: set it to `1.0` or leave it \
+             out; all of the optimizer's state is offloaded, or none of it",
         ),
         (
             r#", "zero_optimization": {"reduce_scatter": false}"#,
@@ -167,13 +172,14 @@ fn what_is_not_supported_yet_is_refused_by_name() {
         assert_eq!(deepspeed_says(more), format!("error: run.json:5: `deepspeed.{expected}"));
     }
     assert_eq!(
-        says(&run_with(&deepspeed("")), &["device=cuda", "deepspeed.sequence_parallel_size=2"]),
+        says(&run_with(&deepspeed("")), &["deepspeed.sequence_parallel_size=2", "deepspeed.zero_optimization.zero_hpz_partition_size=4"]),
         "\
 error: --set deepspeed.sequence_parallel_size=2: `deepspeed.sequence_parallel_size` = `2` is not supported yet
 hint: set it to `1` or leave it out; the run file's `parallel.sequence` splits what is between linear layers over \
 tensor-parallel ranks
-error: --set device=cuda: `device` = `\"cuda\"` is not supported yet
-hint: set it to `\"cpu\"` or leave it out"
+error: --set deepspeed.zero_optimization.zero_hpz_partition_size=4: \
+`deepspeed.zero_optimization.zero_hpz_partition_size` = `4` is not supported yet
+hint: set it to `1` or leave it out"
     );
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the crate as its callers see it: files in, configuration or messages out.
 
 mod effective;
+mod gpu;
 mod messages;
 mod parallel;
 mod planning;

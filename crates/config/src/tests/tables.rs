@@ -47,6 +47,7 @@ fn sample(path: &str, key: &Key) -> String {
         Kind::AtLeast(_) | Kind::Within(..) | Kind::Between(..) => "0.5".to_string(),
         Kind::Above(_) => "1.5".to_string(),
         Kind::Text | Kind::TextOrGroup => "\"some\"".to_string(),
+        Kind::Bytes => "\"16GB\"".to_string(),
         Kind::Choice(words) => format!("{:?}", words[words.len() - 1]),
         Kind::Texts | Kind::TextOrTexts => "[\"some\"]".to_string(),
         Kind::Betas => "[0.5, 0.25]".to_string(),
@@ -98,6 +99,11 @@ fn base(path: &str) -> Vec<String> {
         "eval.text" => &[TEXT],
         "parallel.schedule" | "parallel.stages" | "deepspeed.pipeline.partition" => &["parallel.pipeline=2"],
         "parallel.sequence" => &["parallel.tensor=2"],
+        "trace.num_steps" => &["trace.first_step=2"],
+        "cuda.share" => &["device=cuda"],
+        _ if path.starts_with("deepspeed.zero_optimization.cpu_offload") => {
+            &["device=cuda", "deepspeed.zero_optimization.stage=3"]
+        }
         "eval.every" | "eval.max_tokens" => &[r#"eval={"tokens": "e.bin"}"#],
         _ => &[],
     };
@@ -322,7 +328,7 @@ fn other_values_of_limited_keys_are_refused() {
     for (path, key) in Schema::new().iter() {
         let (Fate::Only(values, _) | Fate::Always(values, _)) = key.fate else { continue };
         let others =
-            ["true", "false", "2", "-5", "0.25", "\"cuda\"", "\"cpu\"", "\"sum\"", "\"bf16\"", "[\"a\"]"];
+            ["true", "false", "2", "-5", "0.25", "\"nvme\"", "\"cpu\"", "\"sum\"", "\"bf16\"", "[\"a\"]"];
         for json in others {
             let value = literal(json);
             if !crate::check::matches(key.kind, &value) || values.iter().any(|v| literal(v).means(&value)) {

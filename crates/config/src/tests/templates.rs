@@ -1,7 +1,7 @@
 //! DeepSpeed configurations as people have them.
 
 use super::*;
-use crate::{NoteKind, Optimizer, Precision, ZeroStage};
+use crate::{NoteKind, OffloadConfig, Optimizer, Precision, ZeroStage};
 
 /// The shape that a Trainer fills in: everything that depends on the model or the arguments is `auto`.
 const ZERO3_AUTO: &str = r#"{
@@ -121,6 +121,20 @@ fn the_template_filled_in_loads() {
     }
     assert_eq!(noted(NoteKind::AsAlways), ["zero_optimization.contiguous_gradients"]);
     assert_eq!(noted(NoteKind::Default), ["scheduler.params.warmup_type"]);
+}
+
+/// ZeRO-Offload as its tutorials have it, old form and new.
+#[test]
+fn offload_templates_load_on_cuda() {
+    let new = r#", "fp16": {"enabled": true}, "zero_optimization": {"stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": true, "buffer_count": 4, "fast_init": false},
+        "offload_param": {"device": "cpu", "pin_memory": true, "buffer_count": 5, "buffer_size": 1e8, "max_in_cpu": 1e9}}"#;
+    let loaded = load(&run_with(&deepspeed(new)), &["device=cuda"], 4).unwrap();
+    assert_eq!(loaded.config.zero.offload, OffloadConfig::ALL);
+    assert_eq!(loaded.effective().notes().iter().filter(|note| note.kind == NoteKind::NoEffect).count(), 7);
+    let old = r#", "fp16": {"enabled": true}, "zero_optimization": {"stage": 2, "cpu_offload": true}"#;
+    let config = load(&run_with(&deepspeed(old)), &["device=cuda"], 4).unwrap().config;
+    assert_eq!(config.zero.offload, OffloadConfig::OPTIMIZER);
 }
 
 #[test]

@@ -11,11 +11,11 @@
 //! ```
 //!
 //! A recomputed layer keeps its input only, which is the output of the layer before, and has the rest for the moment of its
-//! backward.
+//! backward. If the input waits on the host of a GPU, it is on the GPU for the moments of forward and backward.
 
 use std::collections::HashMap;
 
-use crate::{ActivationPolicy, Bytes, LayerSpec, UnitLayout};
+use crate::{ActivationPolicy, Bytes, LayerSpec, OffloadTo, UnitLayout};
 
 /// What one layer holds, in elements of the compute type for each token of a micro-batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -55,6 +55,14 @@ pub struct LayerLoad<'a> {
     pub learns: Learning,
     /// What becomes of it until its backward.
     pub policy: ActivationPolicy,
+    /// Where its input waits for its backward.
+    pub input_at: OffloadTo,
+}
+
+impl LayerLoad<'_> {
+    fn waits_on_host(&self) -> bool {
+        self.input_at == OffloadTo::Host
+    }
 }
 
 /// How far gradients go through a layer.
@@ -145,19 +153,25 @@ pub(super) fn peak(
 ) -> Moment {
     let bytes = |per_token: usize| Bytes::of(per_token * tokens, compute_bytes);
     let first = first_backward(layers);
+    // Whether an output is needed no more once the next layer, whose input it is, has run: that waits on the host.
+    let leaves = |i: usize| {
+        let next_waits = layers.get(i + 1).is_some_and(LayerLoad::waits_on_host);
+        next_waits && (i < first || layers[i].policy.recomputes())
+    };
     // What stays of a layer when its forward is done, and what goes.
     let stays = |i: usize, layer: &LayerLoad<'_>| {
         let LayerActivations { kept, output, .. } = layer.activations;
         match i.checked_sub(first) {
             // Nothing goes backward through it: its input goes, and only the last one's output stays.
             None => {
-                if i + 1 == first {
+                if i + 1 == first && !leaves(i) {
                     (output, layer.input)
                 } else {
                     (0, layer.input + output)
                 }
             }
             // The forward pass holds less without a graph; a bound, for its backward will hold more.
+            Some(_) if leaves(i) => (0, kept + output),
             Some(_) if layer.policy.recomputes() => (output, kept),
             Some(_) => (kept + output, 0),
         }
@@ -166,10 +180,18 @@ pub(super) fn peak(
         Learning::Input => bytes(layer.input),
         Learning::Nothing | Learning::Params => Bytes(0),
     };
+    // What comes back for a layer's backward, which kept `again` elements of each token the first time.
+    let again_of = |layer: &LayerLoad<'_>, again: usize| {
+        let input = if layer.waits_on_host() { layer.input } else { 0 };
+        if layer.policy.recomputes() { bytes(again + input) } else { Bytes(0) }
+    };
     let mut peak = Moment::default();
     let mut kept = vec![flow.map_or(Bytes(0), |flow| waiting_elsewhere(layers, flow, bytes))];
     for (i, layer) in layers.iter().enumerate() {
-        let (stays, goes) = stays(i, layer);
+        let (stays, mut goes) = stays(i, layer);
+        if layer.waits_on_host() && i.checked_sub(1).is_none_or(leaves) {
+            goes += layer.input;
+        }
         let now = kept[i] + bytes(stays);
         kept.push(now);
         let temporaries =
@@ -188,7 +210,7 @@ pub(super) fn peak(
         let all = *later.last().expect("at least what waits elsewhere");
         for (i, layer) in layers.iter().enumerate().skip(first).rev() {
             let LayerActivations { kept: again, output, backward, .. } = layer.activations;
-            let again = if layer.policy.recomputes() { bytes(again) } else { Bytes(0) };
+            let again = again_of(layer, again);
             let after = Bytes(all.0 - later[i + 1].0);
             let temporaries = bytes(backward + output) + dinput(layer);
             peak.raise_to(Moment {
@@ -213,7 +235,7 @@ pub(super) fn peak(
         let (activations, temporaries) = if comes_later {
             (later[i + 1], bytes(backward))
         } else {
-            let again = if layer.policy.recomputes() { bytes(again) } else { Bytes(0) };
+            let again = again_of(layer, again);
             (kept[i + 1] + again, bytes(backward + output) + dinput)
         };
         peak.raise_to(Moment { activations, layer_grads, temporaries });
@@ -247,20 +269,36 @@ fn whole(layer: &LayerLoad<'_>) -> usize {
     }
 }
 
+/// Inputs that wait on the host, of all micro-batches that are alive.
+pub(super) fn waiting_on_host(
+    layers: &[LayerLoad<'_>],
+    flow: Option<&Flow>,
+    tokens: usize,
+    compute_bytes: usize,
+) -> Bytes {
+    let waits = |layer: &&LayerLoad<'_>| layer.waits_on_host() && layer.learns != Learning::Nothing;
+    let one: usize = layers.iter().filter(waits).map(|layer| layer.input).sum();
+    let num_passes = flow.map_or(1, |flow| flow.alive.div_ceil(flow.num_chunks));
+    Bytes::of(one * tokens * num_passes, compute_bytes)
+}
+
 /// What a pipeline stage holds besides the micro-batch that it works on: the others that are alive, and the inputs of this one.
 fn waiting_elsewhere(layers: &[LayerLoad<'_>], flow: &Flow, bytes: impl Fn(usize) -> Bytes) -> Bytes {
     if first_backward(layers) == layers.len() {
         return Bytes(0);
     }
-    let kept = |layer: &LayerLoad<'_>| {
+    let kept = |(i, layer): (usize, &LayerLoad<'_>)| {
         let LayerActivations { kept, output, .. } = layer.activations;
+        let next_waits = layers.get(i + 1).is_some_and(LayerLoad::waits_on_host);
         match layer.learns {
             Learning::Nothing => 0,
+            _ if layer.policy.recomputes() && next_waits => 0,
             _ if layer.policy.recomputes() => output,
             _ => kept + output,
         }
     };
-    let one = bytes((flow.received + layers.iter().map(kept).sum::<usize>()).saturating_sub(flow.sent));
+    let one =
+        bytes((flow.received + layers.iter().enumerate().map(kept).sum::<usize>()).saturating_sub(flow.sent));
     let late = bytes(flow.received + layers.iter().map(whole).sum::<usize>());
     // This micro-batch is one that waits, or it is all its chunks.
     let num_late = flow.waiting.saturating_sub(1) as u64;
@@ -297,6 +335,7 @@ mod tests {
             input: input(i),
             learns: learns(i),
             policy: policies[i],
+            input_at: OffloadTo::Device,
         };
         params.iter().enumerate().map(load).collect()
     }
@@ -396,6 +435,7 @@ mod tests {
             activations,
             input: 20,
             learns: Learning::Input,
+            input_at: OffloadTo::Device,
             policy,
         };
         let at = |policy, alive, waiting| {

@@ -1,8 +1,10 @@
 //! Model state: what a rank keeps for the whole run.
 
+use std::mem::take;
+
 use serde::Serialize;
 
-use crate::{Bytes, UnitLayout, ZeroStage};
+use crate::{Bytes, Offload, OffloadTo, UnitLayout, ZeroStage};
 
 /// Bytes of one element of each kind of state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +66,45 @@ impl ModelState {
             }
         }
         sum
+    }
+
+    /// What each rank keeps of `units` in a GPU's memory, and on the host beside it.
+    pub fn on_gpu(
+        units: &[UnitLayout],
+        stage: ZeroStage,
+        grad_accum_steps: usize,
+        widths: StateWidths,
+        offload: Offload,
+    ) -> (ModelState, ModelState) {
+        let mut device = ModelState::new(units, stage, grad_accum_steps, widths);
+        let mut host = ModelState::default();
+        let is_apart = offload.optimizer != offload.params;
+        let owned = |unit: &UnitLayout| match stage.shards_optimizer() {
+            true => unit.shard_numel(),
+            false => unit.padded_numel,
+        };
+        let owned_bytes = |width: usize| -> Bytes {
+            let trained = units.iter().filter(|unit| unit.trainable);
+            trained.map(|unit| Bytes::of(owned(unit), width)).sum()
+        };
+        if is_apart && widths.master_params == 0 {
+            // The copy that layers compute with cannot be the one that is updated: it lies elsewhere.
+            device.master_params = owned_bytes(widths.params);
+        }
+        if offload.params == OffloadTo::Host {
+            host.params = take(&mut device.params);
+        }
+        if offload.optimizer == OffloadTo::Host {
+            host.master_params = take(&mut device.master_params);
+            host.optimizer = take(&mut device.optimizer);
+            host.grads = owned_bytes(widths.grads);
+            // Where gradients are accumulated whole, that is on the GPU. One rank has nobody to sum with, and sends each down.
+            let is_alone = units.iter().all(|unit| unit.num_shards == 1);
+            if is_alone || !stage.keeps_whole_gradients(grad_accum_steps) {
+                device.grads = Bytes(0);
+            }
+        }
+        (device, host)
     }
 
     /// All of it.

@@ -42,6 +42,7 @@ impl RankMemory {
             activations: plan.activations,
             buffers: plan.gathered
                 + plan.reductions
+                + plan.transfers
                 + plan.messages
                 + plan.layer_grads
                 + plan.temporaries
@@ -72,6 +73,7 @@ impl Costs<'_> {
             microbatch_tokens: layout.micro_batch * self.job.seq_len,
             num_microbatches: layout.num_microbatches,
             overlap: self.job.overlap,
+            device: self.job.device,
         };
         let mut fullest = (0, RankMemory::default());
         let mut traffic = AxisTraffic::default();

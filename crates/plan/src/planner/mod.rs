@@ -29,8 +29,8 @@ pub use search::{Ruled, Search, search};
 use crate::memory::StateWidths;
 use crate::pipeline::{ScheduleKind, StageCut};
 pub use crate::traffic::AxisTraffic;
-use crate::zoo::{ModelConfig, SequenceParallel};
-use crate::{Bytes, Mesh, NamePattern, Overlap, ZeroStage};
+use crate::zoo::{GroupedQueries, ModelConfig, SequenceParallel};
+use crate::{Bytes, Device, Mesh, NamePattern, Overlap, ZeroStage};
 
 /// The ranks and what they can do.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -64,6 +64,10 @@ pub struct Job {
     pub micro_batch: usize,
     /// Bytes of an element of the type that layers compute in: 2 or 4.
     pub compute_bytes: usize,
+    /// Where ranks compute, and what they offload.
+    pub device: Device,
+    /// What attention holds of keys and values that queries share.
+    pub grouped_queries: GroupedQueries,
     /// Rows whose scores a head holds at a time, if that is asked for.
     pub head_chunk_rows: Option<usize>,
     /// Bytes of an element of each kind of state.

@@ -12,7 +12,7 @@ use crate::pipeline::{ScheduleKind, Stages, loss_turn};
 use crate::share::Share;
 use crate::tensor::SplitError;
 use crate::zoo::Microbatch;
-use crate::{ActivationPolicy, ActivationRules, Axis, LossTurn, Mesh, ZeroStage};
+use crate::{ActivationPolicy, ActivationRules, Axis, LossTurn, Mesh, OffloadTo, ZeroStage};
 
 /// The largest power of two that is tried as a micro-batch.
 const MOST_SAMPLES: usize = 64;
@@ -137,9 +137,9 @@ struct LocalModel {
 impl LocalModel {
     fn new(job: &Job, layers: &[LayerSpec], tensor: usize, sizes: &[usize]) -> Result<Self, SplitError> {
         let activations = |num_samples| {
-            let (seq_len, compute_bytes, head_chunk_rows) =
-                (job.seq_len, job.compute_bytes, job.head_chunk_rows);
-            let microbatch = Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows };
+            let Job { seq_len, compute_bytes, head_chunk_rows, grouped_queries, .. } = *job;
+            let microbatch =
+                Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows, grouped_queries };
             job.model.activations(tensor, job.sequence, microbatch)
         };
         // Rank 0 has no less than any other.
@@ -178,9 +178,13 @@ fn layouts(
     };
     let stages: Vec<_> =
         ZeroStage::ALL.into_iter().filter(|&stage| job.stage.is_none_or(|given| given == stage)).collect();
-    // One replica has nothing to shard over.
+    // One replica has nothing to shard over; but parameters wait on the host in stage 3 only.
     let alone = mesh.degree(Axis::Data) == 1 && job.stage.is_none();
-    let stages = if alone { vec![ZeroStage::Zero] } else { stages };
+    let stages = match job.device.offload().params {
+        _ if !alone => stages,
+        OffloadTo::Device => vec![ZeroStage::Zero],
+        OffloadTo::Host => vec![ZeroStage::Zero, ZeroStage::Three],
+    };
     sizes.iter().copied().filter(fills).flat_map(move |micro_batch| {
         let num_microbatches = batch / micro_batch;
         stages.clone().into_iter().flat_map(move |stage| {

@@ -16,6 +16,8 @@ fn gpt2(layers: usize, hidden: usize, inner: usize, vocab: usize) -> Value {
 
 fn job(model: &Value) -> Job {
     Job {
+        device: Device::Cpu,
+        grouped_queries: GroupedQueries::Shared,
         head_chunk_rows: None,
         model: ModelConfig::from_json(model).unwrap(),
         seq_len: 1024,
@@ -235,6 +237,7 @@ fn same_as_run_plan(model: &Value, case: Case) {
         grad_accum_steps: accum,
         overlap,
         activations: ActivationRules::all(policy),
+        device: Device::Cpu,
         head_chunk_rows: None,
         frozen: Vec::new(),
         no_decay: Vec::new(),

@@ -1,5 +1,8 @@
 //! A whole run, planned: from a model's shape and a few numbers to units, memory and traffic of the ranks of each stage.
 
+#[cfg(test)]
+mod gpu_tests;
+mod largest;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -9,6 +12,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+pub use largest::{Excess, Limits};
 pub use shape::{RunShape, RunShapeError};
 
 use crate::layout::units_of;
@@ -17,7 +21,7 @@ use crate::pipeline::loss_turn;
 use crate::share::{Share, Step};
 use crate::traffic::{AxisTraffic, Traffic};
 use crate::zoo::Microbatch;
-use crate::{Axis, Bytes, UnitLayout, ZeroStage};
+use crate::{Axis, Bytes, Cuda, Device, Offload, UnitLayout, ZeroStage};
 
 /// What a run will be like.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -50,6 +54,9 @@ pub struct StagePlan {
     pub alive: usize,
     /// Memory of that rank in the ZeRO stages 0 to 3.
     pub memory: [MemoryPlan; 4],
+    /// The same on GPUs with other choices of what is offloaded: nothing, the optimizer, or parameters too, where a stage allows it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<MemoryPlan>,
     /// What it sends in a step.
     pub traffic: AxisTraffic,
     /// What of that goes along the data axis, in elements too.
@@ -74,6 +81,7 @@ impl RunPlan {
             seq_len: shape.seq_len,
             compute_bytes: shape.compute_bytes,
             head_chunk_rows: shape.head_chunk_rows,
+            grouped_queries: shape.grouped_queries(),
         };
         let activations = shape.model.activations(tensor, shape.sequence, microbatch);
         let loss = loss_turn(shape.schedule, shape.grad_accum_steps);
@@ -91,6 +99,7 @@ impl RunPlan {
             microbatch_tokens: shape.micro_batch * shape.seq_len,
             num_microbatches: shape.grad_accum_steps,
             overlap: shape.overlap,
+            device: shape.device,
         };
         let planned = shares.into_iter().map(|share| StagePlan::new(share, &step)).collect();
         let step_tokens = num_replicas * shape.grad_accum_steps * step.microbatch_tokens;
@@ -133,6 +142,7 @@ impl StagePlan {
             layers: layers.collect(),
             alive: step.alive(stage),
             memory: ZeroStage::ALL.map(|zero| step.memory(&share, zero)),
+            choices: choices(&share, step),
             traffic: step.traffic(&share),
             data_traffic: step.data_traffic(&share),
             units: share.units,
@@ -148,4 +158,18 @@ impl StagePlan {
     pub fn num_params(&self) -> usize {
         self.units.iter().map(UnitLayout::numel).sum()
     }
+}
+
+/// Memory of a rank on a GPU, whatever is offloaded.
+fn choices(share: &Share, step: &Step<'_>) -> Vec<MemoryPlan> {
+    let Device::Cuda(cuda) = step.device else { return Vec::new() };
+    let num_replicas = step.mesh.degree(Axis::Data);
+    let all = ZeroStage::ALL
+        .into_iter()
+        .flat_map(|zero| [Offload::NOTHING, Offload::OPTIMIZER, Offload::ALL].map(|offload| (zero, offload)));
+    all.filter(|(zero, offload)| offload.in_stage(*zero, num_replicas) == *offload)
+        .map(|(zero, offload)| {
+            Step { device: Device::Cuda(Cuda { offload, ..cuda }), ..*step }.memory(share, zero)
+        })
+        .collect()
 }

@@ -7,8 +7,8 @@ use serde::{Serialize, Serializer};
 use crate::mesh::MeshError;
 use crate::pipeline::{PartitionError, ScheduleError, ScheduleKind, StageCut, Stages};
 use crate::tensor::SplitError;
-use crate::zoo::{ModelConfig, SequenceParallel};
-use crate::{ActivationRules, Axis, Mesh, NamePattern, Overlap, ZeroStage};
+use crate::zoo::{GroupedQueries, ModelConfig, SequenceParallel};
+use crate::{ActivationRules, Axis, Device, Mesh, NamePattern, Overlap, ZeroStage};
 
 /// What decides how a run goes, as plain values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -17,6 +17,8 @@ pub struct RunShape {
     pub model: ModelConfig,
     /// The ranks.
     pub mesh: Mesh,
+    /// Where they compute.
+    pub device: Device,
     /// How the pipeline is filled; `None` without one.
     #[serde(serialize_with = "optional_text")]
     pub schedule: Option<ScheduleKind>,
@@ -126,6 +128,15 @@ impl RunShape {
         let flops = self.model.forward_flops(self.seq_len);
         Stages::new(&self.model.layers(), &flops, &self.stage_cut, num_stages, num_chunks)
             .map_err(|source| RunShapeError::Stages { num_stages, num_chunks, source })
+    }
+
+    /// What attention holds of keys and values that queries share. On a GPU the kernel that takes them as they are is for 16 bits on
+    /// sm_80 and later. bf16 is not to be had on less; for others copies are counted, of which some cards need none.
+    pub fn grouped_queries(&self) -> GroupedQueries {
+        match self.device {
+            Device::Cuda(_) if self.precision != "bf16" => GroupedQueries::Repeated,
+            _ => GroupedQueries::Shared,
+        }
     }
 
     /// Checks what the model has to say to the rest.

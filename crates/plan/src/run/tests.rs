@@ -13,6 +13,7 @@ fn shape(num_ranks: usize, tied: bool) -> RunShape {
     RunShape {
         model: ModelConfig::from_json(&json).unwrap(),
         mesh: Mesh::new(num_ranks, 1, 1).unwrap(),
+        device: Device::Cpu,
         schedule: None,
         stage_cut: StageCut::Parameters,
         sequence: SequenceParallel::Off,

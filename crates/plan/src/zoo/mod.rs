@@ -12,7 +12,7 @@ mod reader;
 
 pub use gpt2::Gpt2Config;
 pub use llama::{LlamaConfig, RopeScaling};
-pub use parallel::{Microbatch, SequenceParallel};
+pub use parallel::{GroupedQueries, Microbatch, SequenceParallel};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -111,6 +111,16 @@ impl ModelConfig {
             ModelConfig::Llama(config) => config.hidden_size,
             ModelConfig::Gpt2(config) => config.n_embd,
         }
+    }
+
+    /// The same model with another number of blocks.
+    pub fn with_num_blocks(&self, num_blocks: usize) -> Self {
+        let mut model = self.clone();
+        match &mut model {
+            ModelConfig::Llama(config) => config.num_hidden_layers = num_blocks,
+            ModelConfig::Gpt2(config) => config.n_layer = num_blocks,
+        }
+        model
     }
 
     /// The family's name in `config.json`.

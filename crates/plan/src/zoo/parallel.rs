@@ -19,6 +19,17 @@ pub enum SequenceParallel {
     On,
 }
 
+/// What attention holds of keys and values that a group of queries shares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupedQueries {
+    /// Each once.
+    #[default]
+    Shared,
+    /// Copies for every query head.
+    Repeated,
+}
+
 /// A micro-batch, and how layers hold it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Microbatch {
@@ -30,6 +41,8 @@ pub struct Microbatch {
     pub compute_bytes: usize,
     /// Rows whose scores a head holds at a time; if none, as many as [`HeadShape::chunk_rows`] says.
     pub head_chunk_rows: Option<usize>,
+    /// What attention holds of shared keys and values.
+    pub grouped_queries: GroupedQueries,
 }
 
 /// The widths that a block's cost follows from.
@@ -104,7 +117,7 @@ impl ModelConfig {
         sequence: SequenceParallel,
         microbatch: Microbatch,
     ) -> Vec<LayerActivations> {
-        let Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows } = microbatch;
+        let Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows, grouped_queries } = microbatch;
         let widths = self.block();
         let d = widths.hidden;
         let share = |width: usize| width.div_ceil(degree);
@@ -118,7 +131,8 @@ impl ModelConfig {
             SequenceParallel::On => share(d),
         };
         // Dropped attention of grouped queries holds keys and values for every head.
-        let repeated = if widths.drops_attention && kv < q { 2 * q } else { 0 };
+        let repeats = widths.drops_attention || grouped_queries == GroupedQueries::Repeated;
+        let repeated = if repeats && kv < q { 2 * q } else { 0 };
         // Two normalised inputs, which split tokens are gathered into, and the residual between; q, k, v (after rotation) and the
         // attention's output; the MLP's own: gate, up and their product, or what is before and after the activation. Attention that
         // drops probabilities holds them, before and after.
@@ -173,7 +187,8 @@ mod tests {
     }
 
     fn microbatch(num_samples: usize, head_chunk_rows: Option<usize>) -> Microbatch {
-        Microbatch { num_samples, seq_len: 256, compute_bytes: 2, head_chunk_rows }
+        let grouped_queries = GroupedQueries::Shared;
+        Microbatch { num_samples, seq_len: 256, compute_bytes: 2, head_chunk_rows, grouped_queries }
     }
 
     #[test]
