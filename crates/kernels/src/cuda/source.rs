@@ -1,6 +1,6 @@
 //! The sources in the tree, and the kernels each has.
 
-use super::{CudaKernelError, cubin, layers, norm, optimizer, pack};
+use super::{CudaKernelError, cubin, layers, norm, optimizer, pack, sum_ranks};
 
 /// A text that sources include by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +55,8 @@ pub enum Source {
     RmsNorm,
     /// Rotary positions.
     Rotary,
+    /// Sums over ranks.
+    SumRanks,
     /// SwiGLU, forward and backward.
     Swiglu,
 }
@@ -66,13 +68,14 @@ const HEADERS: &[Header<'static>] = &[
 
 impl Source {
     /// All sources.
-    pub const ALL: [Source; 7] = [
+    pub const ALL: [Source; 8] = [
         Source::CrossEntropy,
         Source::Norm,
         Source::Optimizer,
         Source::Pack,
         Source::RmsNorm,
         Source::Rotary,
+        Source::SumRanks,
         Source::Swiglu,
     ];
 
@@ -95,6 +98,7 @@ impl Source {
             Source::Pack => source!("pack.cu", pack::ENTRIES),
             Source::RmsNorm => source!("rms_norm.cu", layers::RMS_NORM_ENTRIES),
             Source::Rotary => source!("rotary.cu", layers::ROTARY_ENTRIES),
+            Source::SumRanks => source!("sum_ranks.cu", sum_ranks::ENTRIES),
             Source::Swiglu => source!("swiglu.cu", layers::SWIGLU_ENTRIES),
         }
     }
