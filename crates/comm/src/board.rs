@@ -105,7 +105,7 @@ mod tests {
     fn nobody_sees_a_call_that_is_half_written() {
         let board = board();
         std::thread::scope(|scope| {
-            scope.spawn(|| (0..20_000).for_each(|number| drop(board.post(&call(number)))));
+            scope.spawn(|| (0..20_000).for_each(|number| assert_eq!(board.post(&call(number)), number)));
             for number in 0..20_000 {
                 match board.look(number) {
                     Posted::Call(seen) => assert_eq!(seen, call(number)),

@@ -20,6 +20,7 @@ use shardwise_kernels::processor::ProcessorError;
 
 use super::api::{self, Api, Code, Config, Handle, IN_PROGRESS, SUCCESS, UniqueId};
 use super::library::Library;
+use crate::arguments::Demand;
 use crate::member::Patience;
 use crate::{Call, CommError, Group};
 
@@ -127,6 +128,17 @@ pub(super) enum Op {
         num_bytes: usize,
         root: usize,
     },
+}
+
+/// How a communicator ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// All it had on streams is done.
+    InOrder,
+    /// After an error.
+    Failed,
+    /// Something was not done within the deadline.
+    Overdue,
 }
 
 /// A rank's communicator.
@@ -321,41 +333,42 @@ impl Communicator {
         }
     }
 
-    /// Ends it when what is on streams is done, or the world has failed, or the deadline is over.
-    pub(super) fn close(&self) {
-        if !self.finalize() {
-            return self.abort();
-        }
-        if let Some(handle) = self.handle().take() {
+    /// Ends it when what is on streams is done; or, done or not, when the world has failed or patience is at its end.
+    pub(super) fn close(&self, patience: Patience) -> Closed {
+        let closed = self.finalize(patience);
+        if closed != Closed::InOrder {
+            self.abort();
+        } else if let Some(handle) = self.handle().take() {
             // SAFETY: as in `abort`; it is finalized.
             let destroy = || unsafe { (self.library.api().destroy)(handle) };
             let _ = self.gpu.with_context(destroy).or_else(|_| self.gpu.with_context(destroy));
         }
+        closed
     }
 
-    fn finalize(&self) -> bool {
+    fn finalize(&self, patience: Patience) -> Closed {
         if std::thread::panicking() || self.group.check().is_err() {
-            return false;
+            return Closed::Failed;
         }
         let begun = {
             let handle = self.handle();
-            let Some(handle) = *handle else { return false };
+            let Some(handle) = *handle else { return Closed::Failed };
             // SAFETY: the handle is alive.
             self.gpu.with_context(|| unsafe { (self.library.api().finalize)(handle) })
         };
         if !matches!(begun, Ok(SUCCESS | IN_PROGRESS)) {
-            return false;
+            return Closed::Failed;
         }
         let (started, mut pause) = (Instant::now(), Pause::default());
-        let call = crate::arguments::Demand::BARRIER.call(0);
+        let call = Demand::BARRIER.call(0);
         loop {
             match self.state(&call) {
-                Ok(SUCCESS) => return true,
-                Ok(IN_PROGRESS) => {}
-                _ => return false,
+                Ok(SUCCESS) => return Closed::InOrder,
+                Ok(IN_PROGRESS) if self.group.check().is_ok() => {}
+                _ => return Closed::Failed,
             }
-            if self.group.check().is_err() || started.elapsed() > self.group.deadline() {
-                return false;
+            if patience == Patience::Deadline && started.elapsed() > self.group.deadline() {
+                return Closed::Overdue;
             }
             pause.rest();
         }

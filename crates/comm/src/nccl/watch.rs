@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use shardwise_device::cuda::{CudaError, Event, Gpu, Timing};
 use shardwise_device::{Buffer, BufferPool};
 
-use super::communicator::{Communicator, Fault, Ticket};
+use super::communicator::{Closed, Communicator, Fault, Ticket};
 use crate::CommError;
 use crate::member::Patience;
 
@@ -122,12 +122,19 @@ impl Watcher {
         Ok(())
     }
 
-    /// Ends a communicator in good order, and with it what is watched of its calls.
+    /// Ends a communicator when its calls are over, and watches them no more.
     pub(super) fn close(&self, communicator: &Arc<Communicator>) {
-        communicator.close();
         let is_its = |flight: &mut Flight| Arc::ptr_eq(&flight.communicator, communicator);
-        let ended: Vec<Flight> = self.watched.state().flights.extract_if(.., is_its).collect();
-        for flight in ended {
+        // Out of the watcher's sight, for which a communicator without handle is one that failed.
+        let flights: Vec<Flight> = self.watched.state().flights.extract_if(.., is_its).collect();
+        let is_endless = flights.iter().any(|flight| flight.ticket.patience == Patience::Endless);
+        let patience = if is_endless { Patience::Endless } else { Patience::Deadline };
+        if communicator.close(patience) == Closed::Overdue
+            && let Some(flight) = flights.first()
+        {
+            flight.ticket.overdue(communicator.group(), communicator.group().deadline());
+        }
+        for flight in flights {
             flight.retire();
         }
     }

@@ -199,8 +199,8 @@ fn staging_memory_is_bounded_and_used_again() {
         rank.group.barrier().unwrap();
         assert_eq!(
             fake.num_allocations() - before,
-            2 * 4,
-            "two pieces under way with two buffers each, on two ranks"
+            4 + 2,
+            "two pieces under way: terms, and what rank 0 packs"
         );
     });
     fake.assert_clean();
@@ -595,7 +595,7 @@ fn a_gpu_that_is_stuck_is_told_from_a_rank_that_does_not_come() {
         ),
         "{text}"
     );
-    assert!(text.contains("after 0.4 s, though every rank has queued it: a GPU or a link"), "{text}");
+    assert!(text.contains("after `0.4` s, though every rank has queued it: a GPU or a link"), "{text}");
 }
 
 #[test]
