@@ -93,6 +93,22 @@ impl Ticket {
         }
     }
 
+    /// Waits until all have come, as far as they say so.
+    pub(super) fn gather(&self, group: &Group) -> Result<(), CommError> {
+        let Others::All(number) = self.others else { return Ok(()) };
+        let (started, mut pause) = (Instant::now(), Pause::default());
+        loop {
+            group.check()?;
+            if group.missing(number, &self.call)?.is_none() {
+                return Ok(());
+            }
+            if started.elapsed() > group.deadline() {
+                return Err(self.overdue(group, group.deadline()));
+            }
+            pause.rest();
+        }
+    }
+
     /// # Errors
     /// The world's, and what the others' calls say.
     pub(super) fn check(&self, group: &Group) -> Result<(), CommError> {
@@ -325,12 +341,7 @@ impl Communicator {
 
     /// Ends it with what is on streams, done or not.
     pub(super) fn abort(&self) {
-        if let Some(handle) = self.handle().take() {
-            // SAFETY: alive until now, and never used again. Destructors report earlier errors, so what it returns helps nobody.
-            let abort = || unsafe { (self.library.api().abort)(handle) };
-            // Entering the context may report an earlier error once.
-            let _ = self.gpu.with_context(abort).or_else(|_| self.gpu.with_context(abort));
-        }
+        abort_all([self]);
     }
 
     /// Ends it when what is on streams is done; or, done or not, when the world has failed or patience is at its end.
@@ -339,7 +350,7 @@ impl Communicator {
         if closed != Closed::InOrder {
             self.abort();
         } else if let Some(handle) = self.handle().take() {
-            // SAFETY: as in `abort`; it is finalized.
+            // SAFETY: alive until now, never used again, and finalized.
             let destroy = || unsafe { (self.library.api().destroy)(handle) };
             let _ = self.gpu.with_context(destroy).or_else(|_| self.gpu.with_context(destroy));
         }
@@ -381,6 +392,30 @@ impl Communicator {
     fn handle(&self) -> MutexGuard<'_, Option<Handle>> {
         self.handle.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Ends communicators of one rank with what they have on streams, done or not. All are told to end before any is waited for: what NCCL
+/// frees may wait for all of a GPU's work, that of the others too.
+pub(super) fn abort_all<'a>(communicators: impl IntoIterator<Item = &'a Communicator>) {
+    let handle = |of: &'a Communicator| Some((of, of.handle().take()?));
+    let alive: Vec<_> = communicators.into_iter().filter_map(handle).collect();
+    let Some((Communicator { library, gpu, .. }, _)) = alive.first() else { return };
+    let api = library.api();
+    // What they return helps nobody: the handles are gone either way, and the world has failed.
+    let abort = || {
+        // SAFETY: takes nothing.
+        let is_group = unsafe { (api.group_start)() } == SUCCESS;
+        for (_, handle) in &alive {
+            // SAFETY: alive until now, and never used again.
+            unsafe { (api.abort)(*handle) };
+        }
+        if is_group {
+            // SAFETY: takes nothing; the thread has begun a group.
+            unsafe { (api.group_end)() };
+        }
+    };
+    // Entering the context may report an earlier error once.
+    let _ = gpu.with_context(abort).or_else(|_| gpu.with_context(abort));
 }
 
 impl Drop for Communicator {

@@ -26,7 +26,7 @@ use super::{Nccl, Places, State, api, starts_at};
 use crate::agree::{announce, expect};
 use crate::member::Patience;
 use crate::segment::CHANNEL_SLOT_BYTES;
-use crate::{CommError, ProcessGroup};
+use crate::{CommError, Operation, ProcessGroup};
 
 /// What is on its way without the receiver, through host memory.
 const SMALL_BYTES: usize = 2 * CHANNEL_SLOT_BYTES;
@@ -125,7 +125,7 @@ impl Nccl {
 
     /// Copies what is to be sent. The compute stream waits for no more than that.
     fn copy_aside(&self, is_unlogged: bool, from: Slice<'_>, into: SliceMut<'_>) -> Result<(), Fault> {
-        self.in_order(is_unlogged, None, || Ok(self.sums_stream.copy(from, into)?))
+        self.in_order(Operation::Send, is_unlogged, None, || Ok(self.sums_stream.copy(from, into)?))
     }
 
     /// What this rank and `peer` have for messages in this direction, made with the first.

@@ -70,6 +70,8 @@ pub struct Nccl {
     sums_stream: Arc<Stream>,
     /// Marks where one stream is, for another to wait there.
     fence: Event,
+    /// ... where sums are.
+    summed: Event,
     pool: Pool,
     state: Mutex<State>,
 }
@@ -147,9 +149,10 @@ impl Nccl {
         let make = || -> Result<_, CudaError> {
             let sums_stream = Arc::new(gpu.stream(Priority::High)?);
             let sums = shared.processor.on_stream(Arc::clone(&sums_stream))?;
-            Ok((gpu.stream(Priority::High)?, sums_stream, sums, shared.watcher.event(gpu)?))
+            let event = || shared.watcher.event(gpu);
+            Ok((gpu.stream(Priority::High)?, sums_stream, sums, event()?, event()?))
         };
-        let (wire, sums_stream, sums, fence) = make().map_err(|error| {
+        let (wire, sums_stream, sums, fence, summed) = make().map_err(|error| {
             let error = CommError::device(Operation::Subgroup, inner.name(), error);
             inner.fail(&error);
             error
@@ -165,7 +168,8 @@ impl Nccl {
             links: HashMap::new(),
         };
         let sums = Processor::Gpu(Arc::new(sums));
-        Ok(Nccl { inner, staged, wire, sums, sums_stream, fence, pool, state: Mutex::new(state), shared })
+        let state = Mutex::new(state);
+        Ok(Nccl { inner, staged, shared, wire, sums, sums_stream, fence, summed, pool, state })
     }
 
     fn size(&self) -> usize {
@@ -198,17 +202,20 @@ impl Nccl {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.inner.check()?;
         let Demand { operation, dtype, sent_numel, .. } = demand;
-        let result = body(&mut state).map_err(|fault| {
-            let own = match fault {
-                Fault::World(error) => return error,
-                Fault::Own(error) => error,
-                Fault::Device(error) => CommError::device(operation, self.inner.name(), error),
-            };
-            self.inner.fail(&own);
-            own
-        })?;
+        let result = body(&mut state).map_err(|fault| self.fault(operation, fault))?;
         state.ledger.record(operation, sent_numel, dtype.size_bytes(), started.elapsed());
         Ok(result)
+    }
+
+    /// The error of a call. Of this rank's own it is the world's too, as far as there is none.
+    fn fault(&self, operation: Operation, fault: Fault) -> CommError {
+        let own = match fault {
+            Fault::World(error) => return error,
+            Fault::Own(error) => error,
+            Fault::Device(error) => CommError::device(operation, self.inner.name(), error),
+        };
+        self.inner.fail(&own);
+        own
     }
 
     /// Where the memory of a call is. Views of nothing are anywhere.
@@ -267,13 +274,13 @@ impl Nccl {
             }
             if self.size() == 1 {
                 let mut alone = Exchange { group: self, ticket, wired: None };
-                return self.in_order(is_unlogged, None, || body(&mut alone));
+                return self.in_order(demand.operation, is_unlogged, None, || body(&mut alone));
             }
             let communicator = self.communicator(state, &ticket)?;
             let watched = self.shared.watcher.queueing(&communicator, ticket).map_err(Fault::Own)?;
             let event = || self.shared.watcher.event(self.gpu());
             let (started, over) = (event()?, event()?);
-            self.in_order(is_unlogged, Some(&communicator), || {
+            self.in_order(demand.operation, is_unlogged, Some(&communicator), || {
                 let wired =
                     Some(Wired { communicator: &communicator, started: &started, has_started: false });
                 let mut exchange = Exchange { group: self, ticket, wired };
@@ -288,6 +295,7 @@ impl Nccl {
     /// Runs a call among the compute stream's work, if some memory has no log. After an error nothing of it goes on.
     fn in_order(
         &self,
+        operation: Operation,
         is_unlogged: bool,
         communicator: Option<&Communicator>,
         body: impl FnOnce() -> Result<(), Fault>,
@@ -307,18 +315,20 @@ impl Nccl {
             }
             Ok(())
         };
-        let result = queued();
-        if result.is_err() {
+        queued().map_err(|fault| {
+            // First of all the others hear of it, so that they do not wait.
+            let error = self.fault(operation, fault);
             // Some of it may be on streams, where the others may never come; and the caller may free the memory.
             if let Some(communicator) = communicator {
                 communicator.abort();
             }
             if is_unlogged {
                 let waited = streams.iter().try_for_each(|stream| stream.synchronize());
-                waited.or_else(|_| self.gpu().synchronize())?;
+                // If this fails as well, the GPU has, and nothing goes on there.
+                let _ = waited.or_else(|_| self.gpu().synchronize());
             }
-        }
-        result
+            Fault::World(error)
+        })
     }
 
     /// The group's communicator, made when it is first needed: all ranks are in the same call then.
@@ -326,7 +336,9 @@ impl Nccl {
         if let Some(communicator) = &state.communicator {
             return Ok(Arc::clone(communicator));
         }
-        let Shared { library, .. } = &*self.shared;
+        // A rank that does not come is named with the call that it does not come to.
+        ticket.gather(&self.inner).map_err(Fault::World)?;
+        let library = &self.shared.library;
         let (me, size) = (self.inner.group_rank(), self.size());
         let mut id = api::UniqueId([0; api::ID_BYTES]);
         if me == 0 {
@@ -437,7 +449,7 @@ impl ProcessGroup for Nccl {
                     (1, _) => Ok(()),
                     // Of two ranks each sends as much either way.
                     (2, _) | (_, ..=DIRECT_BYTES) => self.run(exchange, AllReduce::direct(self, buffer)),
-                    _ => self.run(exchange, AllReduce::divided(self, buffer)?),
+                    _ => self.run(exchange, AllReduce::divided(self, buffer)),
                 }
             }),
             _ => self.elsewhere(demand, |group| group.all_reduce(buffer)),
@@ -454,7 +466,8 @@ impl ProcessGroup for Nccl {
         match self.places(&demand, &views)? {
             Places::Gpu { is_unlogged } => self.collective(demand, is_unlogged, |exchange| {
                 if self.size() == 1 {
-                    return Ok(self.sums.pack(&pieces::pieces_of(input.iter().copied()), 1.0, shard)?);
+                    let parts = input.iter().copied().filter(|part| part.numel() > 0);
+                    return Ok(self.sums.pack(&pieces::pieces_of(parts), 1.0, shard)?);
                 }
                 self.run(exchange, ReduceScatter::new(self, input, shard, demand.dtype))
             }),

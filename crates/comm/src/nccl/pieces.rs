@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use shardwise_device::cuda::{Access, Event};
+use shardwise_device::cuda::Access;
 use shardwise_device::{Buffer, DType, Slice, SliceMut};
 use shardwise_kernels::processor::Piece;
 
@@ -221,7 +221,7 @@ enum How {
     /// Every rank gets all terms of a piece of `step` elements, and adds them.
     Direct,
     /// Of a piece of `n * step` elements every rank adds a part, and gives the sum to the others.
-    Divided { summed: Event },
+    Divided,
 }
 
 impl<'a> AllReduce<'a> {
@@ -231,17 +231,16 @@ impl<'a> AllReduce<'a> {
         AllReduce { buffer, n, me, step, how: How::Direct }
     }
 
-    pub(super) fn divided(group: &Nccl, buffer: SliceMut<'a>) -> Result<Self, Fault> {
-        let summed = group.shared.watcher.event(group.gpu())?;
+    pub(super) fn divided(group: &Nccl, buffer: SliceMut<'a>) -> Self {
         let (n, me) = (group.size(), group.inner.group_rank());
         let step = step(group.shared.staging_bytes, n, buffer.dtype(), buffer.numel().div_ceil(n));
-        Ok(AllReduce { buffer, n, me, step, how: How::Divided { summed } })
+        AllReduce { buffer, n, me, step, how: How::Divided }
     }
 
     fn piece_numel(&self) -> usize {
         match self.how {
             How::Direct => self.step,
-            How::Divided { .. } => self.n * self.step,
+            How::Divided => self.n * self.step,
         }
     }
 
@@ -255,7 +254,7 @@ impl<'a> AllReduce<'a> {
         let range = self.range(piece);
         match self.how {
             How::Direct => range,
-            How::Divided { .. } => {
+            How::Divided => {
                 let at = |rank: usize| (range.start + rank * self.step).min(range.end);
                 at(rank)..at(rank + 1)
             }
@@ -320,7 +319,7 @@ impl Pieces for AllReduce<'_> {
         let (own, dtype) = (self.part(piece, self.me), self.buffer.dtype());
         let stride = match self.how {
             How::Direct => own.len(),
-            How::Divided { .. } => self.step,
+            How::Divided => self.step,
         };
         if !own.is_empty() {
             let terms = elements(&slot.terms, dtype, 0..(self.n - 1) * stride + own.len());
@@ -329,13 +328,15 @@ impl Pieces for AllReduce<'_> {
         match &self.how {
             How::Direct => Ok(()),
             // Memory without a log would not make the wire wait.
-            How::Divided { summed } => Ok(summed.record(&group.sums_stream)?),
+            How::Divided => Ok(group.summed.record(&group.sums_stream)?),
         }
     }
 
     fn gather(&mut self, exchange: &mut Exchange<'_>, piece: usize) -> Result<(), Fault> {
-        let How::Divided { summed } = &self.how else { return Ok(()) };
-        exchange.group.wire.wait(summed)?;
+        if let How::Direct = self.how {
+            return Ok(());
+        }
+        exchange.group.wire.wait(&exchange.group.summed)?;
         let range = self.range(piece);
         let all = self.buffer.as_slice().range(range.clone());
         if range.len() == self.n * self.step {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use shardwise_device::cuda::{CudaError, Event, Gpu, Timing};
 use shardwise_device::{Buffer, BufferPool};
 
-use super::communicator::{Closed, Communicator, Fault, Ticket};
+use super::communicator::{Closed, Communicator, Fault, Ticket, abort_all};
 use crate::CommError;
 use crate::member::Patience;
 
@@ -244,7 +244,7 @@ impl Watched {
             }
             // Not with the lock: it may take a while, and buffers wait for their streams before they go.
             drop(state);
-            failed.iter().for_each(|flight| flight.communicator.abort());
+            abort_all(failed.iter().map(|flight| &*flight.communicator));
             drop(failed);
             state = self.state();
         }

@@ -533,7 +533,8 @@ fn a_rank_that_does_not_come_at_first_is_named() {
         rank.group.all_reduce(on_gpu(&rank.gpu, 3000).view_mut())
     });
     for error in told {
-        assert!(matches!(error, CommError::Stalled { rank: 1, waiting_rank: 0, .. }), "{error}");
+        let CommError::Stalled { rank: 1, waiting_rank: 0, call, .. } = &error else { panic!("{error}") };
+        assert_eq!((call.operation, call.numel), (Operation::AllReduce, 3000));
     }
 }
 
