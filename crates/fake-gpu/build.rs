@@ -1,4 +1,4 @@
-//! Compiles the fake driver, and the kernels' CUDA sources as C++ for the host: two libraries, which `src` has within it.
+//! Compiles the fake driver with the fake NCCL, and the kernels' CUDA sources as C++ for the host: two libraries, which `src` has within it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,8 +11,9 @@ fn main() {
     println!("cargo:rerun-if-changed=cpp");
     println!("cargo:rerun-if-changed={}", cuda.display());
 
-    let mut sources =
-        vec![here.join("cpp/driver.cpp"), here.join("cpp/host.cpp"), here.join("cpp/broken.cu")];
+    let files = ["driver.cpp", "nccl.cpp", "host.cpp", "broken.cu"];
+    let mut sources: Vec<_> = files.map(|file| here.join("cpp").join(file)).into();
+    let is_driver = |source: &Path| source.ends_with("driver.cpp") || source.ends_with("nccl.cpp");
     let listed = std::fs::read_dir(&cuda).expect("the kernels' sources are beside this crate");
     let mut kernels: Vec<_> = listed.map(|entry| entry.expect("a listed file").path()).collect();
     kernels.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
@@ -23,7 +24,7 @@ fn main() {
     let objects: Vec<PathBuf> = std::thread::scope(|scope| {
         let compile = |source: &Path| {
             let object = out.join(source.file_name().expect("a file")).with_extension("o");
-            let tool = if source.ends_with("driver.cpp") { &compiler.driver } else { &compiler.kernels };
+            let tool = if is_driver(source) { &compiler.driver } else { &compiler.kernels };
             let is_cuda = source.extension().is_some_and(|extension| extension == "cu");
             let mut command = tool.to_command();
             command.arg("-c").args(if is_cuda { &["-x", "c++"][..] } else { &[] });
@@ -36,8 +37,8 @@ fn main() {
     let link = |objects: &[PathBuf], library: &str| {
         run(compiler.driver.to_command().arg("-shared").args(objects).arg("-o").arg(out.join(library)));
     };
-    link(&objects[..1], "driver.so");
-    link(&objects[1..], "kernels.so");
+    link(&objects[..2], "driver.so");
+    link(&objects[2..], "kernels.so");
 }
 
 struct Compiler {

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use shardwise_comm::nccl;
 use shardwise_device::cuda::Inventory;
 use shardwise_kernels::cuda::{Nvrtc, Search};
 
@@ -17,6 +18,8 @@ type Found = Result<String, String>;
 pub fn run(args: &DoctorArgs) -> anyhow::Result<Exit> {
     let worker = worker();
     let nvrtc = nvrtc();
+    let nccl = nccl();
+    let collectives = collectives(&nccl);
     let inventory = Inventory::take(None);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let memory = std::fs::read_to_string("/proc/meminfo").ok();
@@ -32,7 +35,9 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<Exit> {
             "available_memory_bytes": memory,
             "worker": told(&worker),
             "nvrtc": told(&nvrtc),
+            "nccl": told(&nccl),
             "gpus": serde_json::to_value(&inventory).unwrap_or(Value::Null),
+            "collectives": collectives,
             "used": "cpu",
         });
         console::print_result(&format!("{report:#}\n"))?;
@@ -43,7 +48,8 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<Exit> {
             format!("{:.1} GiB available", bytes as f64 / f64::from(1 << 30))
         });
         let _ = writeln!(out, "cores   {cores}\nmemory  {memory}\nworker  {}", text(&worker));
-        let _ = write!(out, "nvrtc   {}\n{inventory}", text(&nvrtc));
+        let _ = write!(out, "nvrtc   {}\nnccl    {}\n{inventory}", text(&nvrtc), text(&nccl));
+        let _ = writeln!(out, "gpus    collectives: {collectives}");
         out += "used    cores and memory: ranks of this version compute on the CPU\n";
         console::print_result(&out)?;
     }
@@ -71,6 +77,23 @@ fn nvrtc() -> Found {
     match Nvrtc::load(&Search { given, libtorch: None }) {
         Ok(nvrtc) => Ok(format!("{}, version {}", Path::new(nvrtc.place()).display(), nvrtc.version())),
         Err(error) => Err(error.to_string().replace('\n', " ")),
+    }
+}
+
+/// What GPUs exchange through. Beside libtorch, as wheels lie, it is found if `LIBTORCH` says where that is.
+fn nccl() -> Found {
+    let path = |name| std::env::var_os(name).map(Into::into);
+    match nccl::Library::load(&nccl::Search { given: path("SHARDWISE_NCCL"), libtorch: path("LIBTORCH") }) {
+        Ok(nccl) => Ok(format!("{}, version {}", nccl.place(), nccl.version())),
+        Err(error) => Err(error.to_string().replace('\n', " ")),
+    }
+}
+
+/// How ranks on GPUs would exchange.
+fn collectives(nccl: &Found) -> &'static str {
+    match nccl {
+        Ok(_) => "nccl where each rank has a GPU of its own, else through host memory",
+        Err(_) => "through host memory; with NCCL, nccl where each rank has a GPU of its own",
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shardwise_device::DType;
+use shardwise_kernels::cuda::Attempt;
 use shardwise_kernels::processor::ProcessorError;
 
 use crate::Operation;
@@ -207,6 +208,49 @@ pub enum CommError {
         /// What failed.
         source: Arc<ProcessorError>,
     },
+    /// NCCL is nowhere, or not usable.
+    #[error(
+        "no usable NCCL, through which GPUs exchange{}; install the package `nvidia-nccl-cu13` beside libtorch, or name the \
+         folder that holds `libnccl.so.2` in `SHARDWISE_NCCL`",
+        listed(.tried)
+    )]
+    NoNccl {
+        /// All places, in order, and why they did not do.
+        tried: Vec<Attempt>,
+    },
+    /// A call of NCCL failed, or a communicator met an error behind the calls.
+    #[error(
+        "`{operation}` in group `{group}`: `{call}` of NCCL failed on rank `{rank}`: {problem}; \
+         with `NCCL_DEBUG=INFO` in the environment NCCL says more"
+    )]
+    Nccl {
+        /// The call.
+        operation: Operation,
+        /// The group.
+        group: String,
+        /// The rank on which it failed.
+        rank: usize,
+        /// The function that reported it.
+        call: &'static str,
+        /// NCCL's words.
+        problem: String,
+    },
+    /// A call that all ranks have queued on their GPUs is not over.
+    #[error(
+        "{call} (group `{group}`) is not over on rank `{rank}` after `{}` s, though every rank has queued it: a GPU or a link \
+         between them is stuck; with `NCCL_DEBUG=INFO` in the environment NCCL says more",
+        waited.as_secs_f32()
+    )]
+    Stuck {
+        /// The rank that waited.
+        rank: usize,
+        /// The group.
+        group: String,
+        /// The call.
+        call: Call,
+        /// How long: the deadline.
+        waited: Duration,
+    },
     /// The queue's closure panicked, so its result is lost.
     #[error("a queued operation of group `{group}` panicked: {message}")]
     QueuePanicked {
@@ -215,6 +259,10 @@ pub enum CommError {
         /// The panic's message.
         message: String,
     },
+}
+
+fn listed(tried: &[Attempt]) -> String {
+    tried.iter().map(|attempt| format!("; {attempt}")).collect()
 }
 
 impl CommError {

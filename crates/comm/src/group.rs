@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shardwise_device::{DType, Slice, SliceMut};
 
-use crate::{CommError, Ledger};
+use crate::{Call, CommError, Ledger};
 
 /// A shared handle on a process group.
 pub type Group = Arc<dyn ProcessGroup>;
@@ -139,6 +139,26 @@ pub trait ProcessGroup: Send + Sync {
     /// # Collective
     /// Every rank of this group calls it, with the same arguments; those not in `ranks` get `None`.
     fn subgroup(&self, name: &str, ranks: &[usize]) -> Result<Option<Group>, CommError>;
+
+    /// Shows the other ranks a call that this rank queues on a device, where hosts do not wait for each other. Returns its number
+    /// among the calls so shown in this group.
+    ///
+    /// For back ends that stand on this group; a group that cannot show anything returns 0.
+    fn post(&self, call: &Call) -> u64 {
+        let _ = call;
+        0
+    }
+
+    /// The rank of the world that is to blame if this group waits for a call of this number: the first that has not shown one, or
+    /// the one it waits for. None if all have, or nobody can know.
+    ///
+    /// # Errors
+    /// [`CommError::Mismatch`], now the world's, if a rank has shown another call than `call` under this number;
+    /// [`CommError::Left`] if one has left before it came so far.
+    fn missing(&self, number: u64, call: &Call) -> Result<Option<usize>, CommError> {
+        let _ = (number, call);
+        Ok(None)
+    }
 
     /// What this rank has sent in this group so far.
     fn ledger(&self) -> Ledger;

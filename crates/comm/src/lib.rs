@@ -3,7 +3,7 @@
 //! A [`ProcessGroup`] is one rank's handle on a set of ranks that call the same operations in the same order.
 //! Two back ends share one implementation over "a piece of shared memory and a futex": [`thread`], ranks as
 //! threads of one process, for tests and for a single rank ([`solo`]), and [`shm`], ranks as processes of one
-//! host.
+//! host. For buffers on GPUs two more stand on one of these: [`nccl`], between GPUs, and [`staged`], through host memory.
 //!
 //! What a group promises:
 //! - **Sums have one answer.** They add in rank order in f32 and round once, so a result depends on nothing
@@ -21,6 +21,8 @@ mod arena;
 #[cfg(not(loom))]
 mod arguments;
 #[cfg(not(loom))]
+mod board;
+#[cfg(not(loom))]
 mod collectives;
 #[cfg(not(loom))]
 mod error;
@@ -32,6 +34,8 @@ mod ledger;
 mod member;
 #[cfg(not(loom))]
 mod messages;
+#[cfg(not(loom))]
+pub mod nccl;
 #[cfg(not(loom))]
 mod parts;
 #[cfg(not(loom))]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use shardwise_device::{Slice, SliceMut};
 
 use crate::arguments::{Caller, Demand};
+use crate::board::Posted;
 use crate::collectives;
 use crate::parts::Parts;
 use crate::segment::Segment;
@@ -267,6 +268,44 @@ impl ProcessGroup for Member {
             let universe = Arc::clone(&self.universe);
             Arc::new(Member::new(name.to_owned(), ranks.to_vec(), me, universe, segment, anchor)) as Group
         }))
+    }
+
+    fn post(&self, call: &Call) -> u64 {
+        self.segment.board(self.me).post(call)
+    }
+
+    fn missing(&self, number: u64, call: &Call) -> Result<Option<usize>, CommError> {
+        let mut missing = None;
+        for peer in (0..self.size()).filter(|&peer| peer != self.me) {
+            let (word, board) = (&self.segment.words()[peer], self.segment.board(peer));
+            let has_left = word.look(word::next(word.count())) == Seen::Left;
+            // Looked at after the word: who has left has shown all it ever will.
+            match board.look(number) {
+                Posted::Call(other_call) if other_call != *call => {
+                    let ((rank, call), (other_rank, other_call)) = match self.me < peer {
+                        true => ((self.me, *call), (peer, other_call)),
+                        false => ((peer, other_call), (self.me, *call)),
+                    };
+                    let (group, rank, other_rank) =
+                        (self.name.clone(), self.ranks[rank], self.ranks[other_rank]);
+                    let mismatch = CommError::Mismatch { group, rank, call, other_rank, other_call };
+                    return Err(self.universe.fail(&mismatch));
+                }
+                Posted::NotYet if has_left => {
+                    let (rank, waiting_rank) = (self.ranks[peer], self.universe.rank());
+                    let group = self.name.clone();
+                    return Err(self.universe.fail(&CommError::Left {
+                        rank,
+                        waiting_rank,
+                        group,
+                        call: *call,
+                    }));
+                }
+                Posted::NotYet => missing = missing.or(Some(self.ranks[peer])),
+                Posted::Call(_) | Posted::Forgotten => {}
+            }
+        }
+        Ok(missing.map(|rank| self.universe.culprit(rank)))
     }
 
     fn ledger(&self) -> Ledger {

@@ -73,6 +73,33 @@ impl<'a> Parts<'a> {
     }
 }
 
+/// The parts of `parts` that are the elements `range` of their concatenation, whose parts begin at `starts`.
+pub(crate) fn runs<'a>(
+    parts: &'a [Part<'a>],
+    starts: &[usize],
+    range: Range<usize>,
+) -> impl Iterator<Item = Part<'a>> {
+    let first = starts.partition_point(|&start| start <= range.start).saturating_sub(1);
+    let bounds = starts.windows(2).zip(parts).skip(first);
+    let until = range.end;
+    bounds.take_while(move |(bounds, _)| bounds[0] < until).filter_map(move |(bounds, part)| {
+        let here = range.start.max(bounds[0])..range.end.min(bounds[1]);
+        (!here.is_empty()).then(|| match part {
+            Part::Data(data) => Part::Data(data.range(here.start - bounds[0]..here.end - bounds[0])),
+            Part::Zeros(_) => Part::Zeros(here.len()),
+        })
+    })
+}
+
+/// The first element of each part, and the end.
+pub(crate) fn starts_of(parts: &[Part<'_>]) -> Vec<usize> {
+    let mut starts = vec![0];
+    for part in parts {
+        starts.push(starts[starts.len() - 1] + part.numel());
+    }
+    starts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,7 @@
 //! ```text
 //! words      one per member: phases published
 //! posts      two per member: the call that a phase begins
+//! boards     one per member: the calls that it has queued on devices
 //! channels   one per ordered pair: counters and posts of messages
 //! channel slots, two per ordered pair     touched only where messages flow
 //! slots      two per member: the data of a phase
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use shardwise_device::DType;
 
 use crate::arena::{Arena, Mapping, whole_pages};
+use crate::board::Board;
 use crate::word::Word;
 use crate::{Call, CommError, Operation};
 
@@ -88,6 +90,7 @@ struct Layout {
     num_members: usize,
     slot_bytes: usize,
     posts_at: usize,
+    boards_at: usize,
     channels_at: usize,
     departures_at: usize,
     channel_slots_at: usize,
@@ -102,7 +105,8 @@ impl Layout {
         // A group of one has nobody to show anything to.
         let (slot_bytes, pairs) = if n == 1 { (0, 0) } else { (whole_pages(share), n * n) };
         let posts_at = n * size_of::<Word>();
-        let channels_at = (posts_at + 2 * n * size_of::<Post>()).next_multiple_of(align_of::<Channel>());
+        let boards_at = (posts_at + 2 * n * size_of::<Post>()).next_multiple_of(align_of::<Board>());
+        let channels_at = (boards_at + n * size_of::<Board>()).next_multiple_of(align_of::<Channel>());
         let departures_at = channels_at + pairs * size_of::<Channel>();
         let channel_slots_at = whole_pages(departures_at + size_of::<AtomicU32>());
         let slots_at = channel_slots_at + 2 * pairs * CHANNEL_SLOT_BYTES;
@@ -111,6 +115,7 @@ impl Layout {
             num_members,
             slot_bytes,
             posts_at,
+            boards_at,
             channels_at,
             departures_at,
             channel_slots_at,
@@ -165,6 +170,13 @@ impl Segment {
         let index = 2 * member + (phase % 2) as usize;
         // SAFETY: there are two posts for each member, valid when zero, aligned, alive as long as `self`.
         unsafe { &*self.mapping.as_ptr().add(self.layout.posts_at).cast::<Post>().add(index) }
+    }
+
+    /// The calls that `member` has queued on devices.
+    pub(crate) fn board(&self, member: usize) -> &Board {
+        debug_assert!(member < self.layout.num_members);
+        // SAFETY: there is a board for each member, valid when zero, aligned, alive as long as `self`.
+        unsafe { &*self.mapping.as_ptr().add(self.layout.boards_at).cast::<Board>().add(member) }
     }
 
     /// What `member` shows in phases of the parity of `phase`: `slot_bytes` bytes, page aligned.

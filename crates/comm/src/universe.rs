@@ -69,6 +69,7 @@ const DIED: u32 = 2;
 const STALLED: u32 = 3;
 const LEFT: u32 = 4;
 const GAVE_UP: u32 = 5;
+const STUCK: u32 = 6;
 
 /// One rank's view of its world.
 pub(crate) struct Universe {
@@ -296,6 +297,13 @@ fn encode(error: &CommError, author: usize) -> Record {
             record.call = encode_call(call);
             record.name_len = put(group, &mut record.name);
         }
+        CommError::Stuck { rank, group, call, waited } => {
+            record.kind = STUCK;
+            record.rank = *rank as u32;
+            record.call = encode_call(call);
+            record.waited_ms = waited.as_millis() as u64;
+            record.name_len = put(group, &mut record.name);
+        }
         CommError::GaveUp { rank, reason } => {
             record.rank = *rank as u32;
             record.text_len = put(reason, &mut record.text);
@@ -327,6 +335,12 @@ fn decode(record: &Record) -> CommError {
             waited: Duration::from_millis(record.waited_ms),
         },
         LEFT => CommError::Left { rank, waiting_rank: other, group, call: decode_call(record.call) },
+        STUCK => CommError::Stuck {
+            rank,
+            group,
+            call: decode_call(record.call),
+            waited: Duration::from_millis(record.waited_ms),
+        },
         _ => CommError::GaveUp { rank, reason: text },
     }
 }

@@ -20,7 +20,8 @@ fn run(chunk_rows: usize, x: &Tensor, weight: &Tensor, target: &Tensor) -> (f64,
     let before = memory::stats().live_bytes;
     memory::reset_peak();
     let start = Instant::now();
-    let loss = options.forward(&shardwise_engine::Context::inference(None), x, weight, target).expect("shapes fit");
+    let loss =
+        options.forward(&shardwise_engine::Context::inference(None), x, weight, target).expect("shapes fit");
     let dloss = loss.ones_like();
     let grads = autograd::grad(&[&loss], &[Some(&dloss)], &[x, weight]).expect("the head has a backward");
     let ms = start.elapsed().as_secs_f64() * 1e3;

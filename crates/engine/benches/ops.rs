@@ -46,9 +46,7 @@ fn main() {
         [("linear d -> d", hidden, hidden), ("linear d -> f", mlp, hidden), ("linear f -> d", hidden, mlp)]
     {
         let (x, w) = (leaf(&[batch, seq, input]), leaf(&[out, input]));
-        time(name, &[&x, &w], || {
-            ops::linear(&asking, &x, &w, None).expect("shapes fit")
-        });
+        time(name, &[&x, &w], || ops::linear(&asking, &x, &w, None).expect("shapes fit"));
     }
     let head_dim = hidden / heads;
     let rotary = ops::Rotary { head_dim: head_dim as usize, theta: 1e4, scaling: None::<RopeScaling> };
@@ -71,7 +69,9 @@ fn main() {
     });
     let w = leaf(&[vocab, hidden]);
     let target = Tensor::randint(vocab, [batch, seq], (Kind::Int64, Device::Cpu));
-    time("head with loss", &[&x, &w], || ops::linear_cross_entropy(&asking, &x, &w, &target).expect("shapes fit"));
+    time("head with loss", &[&x, &w], || {
+        ops::linear_cross_entropy(&asking, &x, &w, &target).expect("shapes fit")
+    });
     time("head with loss, plain", &[&x, &w], || {
         ops::linear_cross_entropy_plain(&x, &w, &target).expect("shapes fit")
     });

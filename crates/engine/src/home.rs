@@ -44,7 +44,9 @@ impl Home {
     /// A tensor of the host's, here. On a GPU the copy is queued, from pinned memory, and nothing waits for it.
     pub fn bring(&self, tensor: &Tensor) -> Result<Tensor, EngineError> {
         match self.device {
-            Device::Cuda(ordinal) if tensor.device() == Device::Cpu => Ok(cuda::upload(tensor, ordinal as u32)?),
+            Device::Cuda(ordinal) if tensor.device() == Device::Cpu => {
+                Ok(cuda::upload(tensor, ordinal as u32)?)
+            }
             _ => Ok(tensor.f_to_device(self.device)?),
         }
     }

@@ -111,7 +111,8 @@ impl Engine {
         self.gather(index)?;
         // A text to go on with is of any length: every rank has all of its tokens.
         let tensor = self.tensor.with_all_tokens();
-        let context = Context { tensor: Some(&tensor), gpu: self.home.gpu.as_ref(), ..Context::inference(target) };
+        let context =
+            Context { tensor: Some(&tensor), gpu: self.home.gpu.as_ref(), ..Context::inference(target) };
         let (layer, params) = (&self.layers[index], self.bindings[index].params());
         let x = no_grad(|| layer.forward(&context, &params, x)).map_err(|e| self.at(index, "forward", e))?;
         let x = self.own_output(index, x)?;

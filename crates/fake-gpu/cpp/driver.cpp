@@ -22,8 +22,7 @@ namespace {
 // Every entry point begins here: the adversary has its turn, and the n-th call fails.
 int begin(bool needs_context = false) {
     Fake& f = fake();
-    if (f.eagerness == 1) for (u64 n = next_random() % 4; n > 0; n--) run_any();
-    if (f.eagerness == 2) run_all();
+    take_turn();
     f.calls++;
     if (f.calls == f.fail_at) return f.fail_with;
     if (!f.initialised) return NOT_INITIALIZED;
@@ -41,7 +40,7 @@ int begin(bool needs_context = false) {
 int current_device() { return fake().current[std::this_thread::get_id()].back() - 1; }
 
 #define BEGIN(context)                               \
-    std::lock_guard<std::mutex> guard(fake().lock);  \
+    std::unique_lock<std::mutex> guard(fake().lock); \
     if (int code = begin(context)) return CUresult(code)
 // For destructors: what they destroy is destroyed, whatever they report.
 #define BEGIN_DESTRUCTOR                             \
@@ -75,6 +74,7 @@ int enqueue(CUstream handle, Operation op) {
     if (!stream) return INVALID_HANDLE;
     stream->queue.push_back(std::move(op));
     if (fake().eagerness == 2) run_all();
+    fake().changed.notify_all();
     return OK;
 }
 
@@ -264,7 +264,7 @@ CUresult CUDAAPI cuCtxSynchronize(void) {
     auto streams = fake().streams;
     for (auto* stream : streams)
         if (fake().streams.count(stream) && stream->device == device)
-            run_until(stream, [] { return false; });
+            wait_until(guard, stream, [] { return false; });
     return CUresult(fake().devices[device].sticky);
 }
 
@@ -306,7 +306,7 @@ CUresult CUDAAPI cuStreamSynchronize(CUstream handle) {
     BEGIN(true);
     CUstream_fake* stream = stream_of(handle);
     if (!stream) return CUresult(INVALID_HANDLE);
-    run_until(stream, [] { return false; });
+    wait_until(guard, stream, [] { return false; });
     return CUresult(fake().devices[stream->device].sticky);
 }
 
@@ -379,8 +379,9 @@ CUresult CUDAAPI cuEventSynchronize(CUevent handle) {
     Event* event = event_of(handle);
     if (!event) return CUresult(INVALID_HANDLE);
     auto record = event->record;
-    if (record && !record->done) run_until(record->stream, [&] { return record->done; });
-    return CUresult(fake().devices[event->device].sticky);
+    int device = event->device;
+    if (record && !record->done) wait_until(guard, record->stream, [&] { return record->done; });
+    return CUresult(fake().devices[device].sticky);
 }
 
 CUresult CUDAAPI cuEventElapsedTime(float* elapsed, CUevent from, CUevent to) {
@@ -628,7 +629,7 @@ const char* fake_report(void) {
     for (auto& [thread, stack] : f.current) entered += stack.size();
     count("device allocations", memory), count("pinned allocations", pinned), count("contexts", contexts);
     count("streams", streams), count("events", f.events.size()), count("modules", f.modules.size());
-    count("entered contexts", entered);
+    count("entered contexts", entered), count("communicators", size_t(f.communicators));
     return f.report.c_str();
 }
 // Device allocations and pinned ones that were ever made.

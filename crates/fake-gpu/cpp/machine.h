@@ -1,4 +1,5 @@
-// The machine behind the fake driver: devices, memory, streams and the adversary that runs their work. See driver.cpp.
+// The machine behind the fake driver and the fake NCCL: devices, memory, streams and the adversary that runs their work. See
+// driver.cpp.
 
 #pragma once
 
@@ -34,6 +35,7 @@ typedef int CUfunction_attribute;
 
 #include <sys/mman.h>
 
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -47,7 +49,7 @@ typedef int CUfunction_attribute;
 #include <thread>
 #include <vector>
 
-namespace {
+namespace machine {
 
 using u64 = uint64_t;
 
@@ -72,8 +74,17 @@ struct Record {
     double time = 0;
 };
 
+// One stream's part in work that several streams do together. The stream stays at it until the others have come.
+struct Exchange {
+    bool arrived = false;
+    virtual ~Exchange() {}
+    // The stream has got here: does what can be done now.
+    virtual void arrive() = 0;
+    virtual bool over() const = 0;
+};
+
 struct Operation {
-    enum Kind { COPY, FILL, KERNEL, RECORD, WAIT } kind;
+    enum Kind { COPY, FILL, KERNEL, RECORD, WAIT, EXCHANGE } kind;
     explicit Operation(Kind kind) : kind(kind) {}
     u64 target = 0, source = 0;
     size_t bytes = 0;
@@ -82,6 +93,7 @@ struct Operation {
     struct Function* function = nullptr;
     std::vector<u64> arguments;  // one word each; of a compiled kernel, the words of its structure
     unsigned grid = 0, threads = 0, shared = 0;
+    std::shared_ptr<Exchange> exchange;
 };
 
 struct CUstream_fake {
@@ -129,7 +141,7 @@ struct Kernel {
     const char* name;
     std::vector<size_t> parameters;
 };
-const std::vector<Kernel> KERNELS = {
+inline const std::vector<Kernel> KERNELS = {
     {"add", {8, 8, 8, 8}},   // a, b, sum: f32; numel: u64
     {"fill", {8, 4, 8}},     // out: f32; value: f32; numel: u64
     {"fail", {}},            // accesses an illegal address
@@ -138,6 +150,7 @@ const std::vector<Kernel> KERNELS = {
 
 struct Fake {
     std::mutex lock;
+    std::condition_variable changed;  // something was queued, or need not be waited for any more
     int version = 13000;
     bool initialised = false, peers = true;
     std::vector<Device> devices = std::vector<Device>(1);
@@ -160,23 +173,24 @@ struct Fake {
     size_t pinned_limit = size_t(1) << 30, pinned = 0;
     double clock = 0;
     long ran = 0;
+    long communicators = 0;  // of NCCL
 };
 
-Fake& fake() {
+inline Fake& fake() {
     static Fake* instance = new Fake;
     return *instance;
 }
 
-u64 next_random() {
+inline u64 next_random() {
     u64& x = fake().random;
     x ^= x << 13, x ^= x >> 7, x ^= x << 17;
     return x * 0x2545F4914F6CDD1Dull >> 16;
 }
 
-void violation(const std::string& what) { fake().violations.push_back(what); }
+inline void violation(const std::string& what) { fake().violations.push_back(what); }
 
 // The bytes behind an address, if `bytes` of them are in one live block; pageable host memory is as it is.
-unsigned char* resolve(u64 address, size_t bytes, const char* what, bool no_pageable) {
+inline unsigned char* resolve(u64 address, size_t bytes, const char* what, bool no_pageable) {
     auto next = fake().blocks.upper_bound(address);
     if (next != fake().blocks.begin()) {
         auto& [start, block] = *std::prev(next);
@@ -199,15 +213,15 @@ unsigned char* resolve(u64 address, size_t bytes, const char* what, bool no_page
     return reinterpret_cast<unsigned char*>(address);  // pageable host memory
 }
 
-void fail_device(int device, int code) { fake().devices[device].sticky = code; }
+inline void fail_device(int device, int code) { fake().devices[device].sticky = code; }
 
 const size_t PAGE = 4096;
-size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+inline size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 // Behind the bytes of a block, up to the end of its page, stands what must stay as it is. Then comes a page without access.
 const unsigned char GUARD = 0xA5;
 
-bool guard_stands(const Block& block) {
+inline bool guard_stands(const Block& block) {
     for (size_t at = block.bytes; at < whole_pages(block.bytes); at++)
         if (block.data[at] != GUARD) return false;
     return true;
@@ -215,7 +229,7 @@ bool guard_stands(const Block& block) {
 
 // Runs a compiled kernel. Which words of its structure are pointers nobody says: those that are addresses of a block. Numbers are
 // far below and floats far above them.
-void run_compiled(CUstream_fake* stream, Operation& op) {
+inline void run_compiled(CUstream_fake* stream, Operation& op) {
     const std::string& name = op.function->name;
     std::vector<std::pair<const u64, Block>*> used;
     for (u64& word : op.arguments) {
@@ -242,7 +256,7 @@ void run_compiled(CUstream_fake* stream, Operation& op) {
         if (!guard_stands(entry->second)) return violation(name + " wrote past the end of its memory");
 }
 
-void run_kernel(CUstream_fake* stream, Operation& op) {
+inline void run_kernel(CUstream_fake* stream, Operation& op) {
     if (op.function->module->unloaded) {
         violation("a kernel of an unloaded module runs");
         return;
@@ -277,7 +291,16 @@ void run_kernel(CUstream_fake* stream, Operation& op) {
 }
 
 // Runs the first operation of a stream that may run.
-void run_first(CUstream_fake* stream) {
+inline void run_first(CUstream_fake* stream) {
+    if (stream->queue.front().kind == Operation::EXCHANGE && fake().devices[stream->device].sticky == OK) {
+        std::shared_ptr<Exchange> exchange = stream->queue.front().exchange;
+        if (!exchange->arrived) {
+            exchange->arrived = true;
+            exchange->arrive();
+            fake().changed.notify_all();
+            if (!exchange->over()) return;
+        }
+    }
     Operation op = std::move(stream->queue.front());
     stream->queue.pop_front();
     Fake& f = fake();
@@ -301,17 +324,20 @@ void run_first(CUstream_fake* stream) {
         case Operation::KERNEL: if (!dead) run_kernel(stream, op); break;
         case Operation::RECORD: op.record->done = true; op.record->time = f.clock; break;
         case Operation::WAIT: break;
+        case Operation::EXCHANGE: break;
     }
     if (stream->destroyed && stream->queue.empty()) f.streams.erase(stream);
 }
 
-bool may_run(CUstream_fake* stream) {
+inline bool may_run(CUstream_fake* stream) {
     if (stream->queue.empty()) return false;
     Operation& first = stream->queue.front();
+    if (first.kind == Operation::EXCHANGE)
+        return !first.exchange->arrived || first.exchange->over() || fake().devices[stream->device].sticky != OK;
     return first.kind != Operation::WAIT || first.record->done;
 }
 
-bool run_any() {
+inline bool run_any() {
     std::vector<CUstream_fake*> ready;
     for (auto* stream : fake().streams) if (may_run(stream)) ready.push_back(stream);
     if (ready.empty()) return false;
@@ -319,25 +345,42 @@ bool run_any() {
     return true;
 }
 
-// Runs a stream until `over`, and of the others what it has to wait for. Records come before their waits, so this ends.
-void run_until(CUstream_fake* stream, const std::function<bool()>& over) {
+// Runs a stream until `over`, and of the others what it has to wait for. Records come before their waits, so this ends. False: it
+// stands in an exchange whose other ranks have not queued theirs.
+inline bool run_until(CUstream_fake* stream, const std::function<bool()>& over) {
     while (!over() && !stream->queue.empty()) {
         if (fake().eagerness == 1 && next_random() % 2) run_any();
         if (over() || stream->queue.empty()) break;
         Operation& first = stream->queue.front();
         if (first.kind == Operation::WAIT && !first.record->done) {
             auto record = first.record;
-            run_until(record->stream, [&] { return record->done; });
+            if (!run_until(record->stream, [&] { return record->done; })) return false;
             if (!record->done) {
                 violation("a stream waits for an event that never comes");
                 break;
             }
-        } else {
+        } else if (may_run(stream)) {
             run_first(stream);
+        } else if (!run_any()) {
+            return false;
         }
     }
+    return true;
 }
 
-void run_all() { while (run_any()) {} }
+// As the host that waits: meanwhile others may call.
+inline void wait_until(std::unique_lock<std::mutex>& guard, CUstream_fake* stream, const std::function<bool()>& over) {
+    while (!run_until(stream, over)) fake().changed.wait_for(guard, std::chrono::milliseconds(1));
+}
 
-}  // namespace
+inline void run_all() { while (run_any()) {} }
+
+// The adversary's turn, at the beginning of every call.
+inline void take_turn() {
+    if (fake().eagerness == 1) for (u64 n = next_random() % 4; n > 0; n--) run_any();
+    if (fake().eagerness == 2) run_all();
+}
+
+}  // namespace machine
+
+using namespace machine;

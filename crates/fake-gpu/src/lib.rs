@@ -8,6 +8,7 @@
 //! ```text
 //! FakeGpu::new(way) ── driver() ─► Driver ── open(0) ─► Gpu ─► streams, buffers
 //!                                                        └─ processor(&gpu) ─► GpuProcessor
+//!                  └─ path() ───► NCCL over the same streams (`cpp/nccl.cpp`)
 //! at the end          report() ─► what is still alive and what went wrong, or nothing
 //! ```
 //!
@@ -159,6 +160,31 @@ impl FakeGpu {
         self.function::<extern "C" fn() -> c_long>("fake_allocations")()
     }
 
+    /// NCCL is of version `version`: 22809 for 2.28.9. Its library is [`FakeGpu::path`] too.
+    pub fn set_nccl_version(&self, version: i32) {
+        self.function::<extern "C" fn(c_int)>("fake_nccl_version")(version)
+    }
+
+    /// The `calls`-th call of NCCL on GPU `ordinal` from now fails with NCCL's number `code`.
+    pub fn fail_nccl_at(&self, ordinal: i32, calls: i64, code: i32) {
+        self.function::<extern "C" fn(c_int, c_long, c_int)>("fake_nccl_fail_at")(ordinal, calls, code)
+    }
+
+    /// Calls of NCCL on GPU `ordinal` so far.
+    pub fn num_nccl_calls(&self, ordinal: i32) -> i64 {
+        self.function::<extern "C" fn(c_int) -> c_long>("fake_nccl_calls")(ordinal)
+    }
+
+    /// Communicators of GPU `ordinal` report NCCL's error `code` from the background from now on.
+    pub fn set_nccl_async_error(&self, ordinal: i32, code: i32) {
+        self.function::<extern "C" fn(c_int, c_int)>("fake_nccl_async_error")(ordinal, code)
+    }
+
+    /// What GPU `ordinal` exchanges is never over from now on.
+    pub fn stall_nccl(&self, ordinal: i32) {
+        self.function::<extern "C" fn(c_int)>("fake_nccl_stall")(ordinal)
+    }
+
     /// What is alive and what went wrong; empty at the end of a good test.
     pub fn report(&self) -> String {
         let report = self.function::<extern "C" fn() -> *const c_char>("fake_report")();
@@ -172,9 +198,9 @@ impl FakeGpu {
         assert_eq!(self.report(), "");
     }
 
-    /// A function of `driver.cpp`; its callers here say what it takes.
+    /// A function of `driver.cpp` or `nccl.cpp`; its callers here say what it takes.
     fn function<F: Copy>(&self, name: &str) -> F {
-        // SAFETY: each caller names the type that the function has in `driver.cpp`.
+        // SAFETY: each caller names the type that the function has there.
         unsafe { *self.library.get::<F>(name.as_bytes()).unwrap() }
     }
 }

@@ -186,6 +186,47 @@ fn views_are_scaled_cast_and_zeroed() {
 }
 
 #[test]
+fn terms_of_ranks_are_summed_in_order() {
+    let mut random = Random(11);
+    for from_type in TYPES {
+        for (num_terms, numel, stride) in
+            [(1, 700, 700), (2, 1, 3), (3, 1024, 1024), (5, 1003, 1088), (8, 0, 64), (9, 4097, 4100)]
+        {
+            let terms = random.any(from_type, (num_terms - 1) * stride + numel);
+            compare(&format!("{num_terms} terms of {numel} x {from_type}"), |processor| {
+                let terms = terms.put(processor, 1);
+                let sum = |dtype| {
+                    let mut sum = Buffer::allocate(dtype, numel + 3, &processor.memory()).unwrap();
+                    let (terms, into) = (terms.view().range(1..terms.numel()), 3..numel + 3);
+                    processor.sum_ranks(terms, stride, sum.view_mut().into_range(into)).unwrap();
+                    Array::get(processor, sum.view())
+                };
+                vec![sum(from_type), sum(DType::F32)]
+            });
+        }
+    }
+}
+
+#[test]
+fn a_second_stream_shares_the_kernels() {
+    let fake = FakeGpu::lazy();
+    fake.set_devices(2);
+    let (gpu, other) = (fake.gpu(), fake.open(1));
+    let first = fake.processor(&gpu);
+    first.load([shardwise_kernels::cuda::Source::SumRanks]).unwrap();
+    let second = Processor::Gpu(first.on_stream(shardwise_fake_gpu::stream(&gpu)).unwrap().into());
+    drop(first);
+    let terms = Array::new(DType::F32, [1.0, 2.0, 3.0, 4.0]).put(&second, 0);
+    let mut sum = Buffer::allocate(DType::F32, 2, &second.memory()).unwrap();
+    second.sum_ranks(terms.view(), 2, sum.view_mut()).unwrap();
+    assert_eq!(shardwise_fake_gpu::values(&gpu, &sum), [4.0, 6.0]);
+    let error = fake.processor(&gpu).on_stream(shardwise_fake_gpu::stream(&other)).unwrap_err();
+    assert_eq!(error, CudaError::WrongGpu { what: "stream", expected: 0, got: 1 });
+    drop((second, terms, sum, gpu, other));
+    fake.assert_clean();
+}
+
+#[test]
 fn sums_of_squares_are_the_hosts() {
     let mut random = Random(3);
     let arrays: Vec<Array> = [0, 1, 31, 33, 65_536, 65_537, 140_001]
@@ -512,6 +553,7 @@ fn memory_that_is_elsewhere_is_an_error_and_nothing_is_queued() {
         elsewhere(processor.pack(&zeros, 1.0, here.view_mut()));
         elsewhere(processor.accumulate(&zeros, here.view_mut()));
         elsewhere(processor.sums_of_squares(&[here.view(), there.view()]).map(drop));
+        elsewhere(processor.sum_ranks(there.view(), 8, here.view_mut()));
         let lion = Lion { lr: 1e-3, beta1: 0.9, beta2: 0.99, weight_decay: 0.1 };
         let states = [there.view_mut()];
         let slices =
@@ -541,6 +583,7 @@ fn memory_that_is_elsewhere_is_an_error_and_nothing_is_queued() {
     unreachable(host.accumulate(&[Piece::Data(here_too.view())], mine.view_mut()));
     unreachable(host.accumulate(&[Piece::Data(mine.view())], here.view_mut()));
     unreachable(host.sums_of_squares(&[here.view()]).map(drop));
+    unreachable(host.sum_ranks(here.view(), 8, mine.view_mut()));
     unreachable(host.copy(here.view(), mine.view_mut()));
     // And copies that no stream of the GPU can do.
     let there = buffer(&Memory::Host);
@@ -633,6 +676,8 @@ fn slices_that_do_not_match_are_a_callers_bug() {
         panics(&mut || drop(processor.scale(a.view(), 1.0, bytes.view_mut())));
         panics(&mut || drop(processor.sums_of_squares(&[bytes.view()])));
         panics(&mut || drop(processor.copy(a.view(), b.view_mut())));
+        panics(&mut || drop(processor.sum_ranks(a.view(), 3, b.view_mut().into_range(0..2))));
+        panics(&mut || drop(processor.sum_ranks(bytes.view(), 4, b.view_mut().into_range(0..4))));
         let sgd = Sgd {
             lr: 0.1,
             momentum: 0.0,

@@ -81,7 +81,8 @@ impl Block {
             Ok(x.f_view([b, t, -1, self.config.head_dim as i64])?)
         };
         let table = self.table.lock().expect("nobody panics while holding the table");
-        let (q_bthe, k_btke) = (table.rotate(context, &heads("q_proj")?)?, table.rotate(context, &heads("k_proj")?)?);
+        let (q_bthe, k_btke) =
+            (table.rotate(context, &heads("q_proj")?)?, table.rotate(context, &heads("k_proj")?)?);
         drop(table);
         let v_btke = heads("v_proj")?;
         let out_bthe = ops::dropped_causal_attention(context, &self.dropout, &q_bthe, &k_btke, &v_btke)?;

@@ -118,7 +118,8 @@ impl RankGpu {
                 "see `shardwise doctor` there, or set `cuda.collectives` to `host`",
             )),
             (library, _) => {
-                let why = library.err().map_or_else(|| "another rank has no NCCL".to_owned(), |e| e.to_string());
+                let why =
+                    library.err().map_or_else(|| "another rank has no NCCL".to_owned(), |e| e.to_string());
                 telemetry.note(&format!("collectives go through host memory: {why}"));
                 Ok(host(world)?)
             }

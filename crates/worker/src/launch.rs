@@ -40,7 +40,10 @@ impl Libraries {
         let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let user_cache = || {
             let cache = path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
-            cache.map_or_else(|| env::temp_dir().join(format!("shardwise-{}", uid())), |cache| cache.join("shardwise"))
+            cache.map_or_else(
+                || env::temp_dir().join(format!("shardwise-{}", uid())),
+                |cache| cache.join("shardwise"),
+            )
         };
         Libraries {
             nvrtc: path("SHARDWISE_NVRTC"),

@@ -45,7 +45,12 @@ impl Tracer {
     }
 
     /// To be called before step `step`, which counts from 1.
-    pub fn begin_step(&mut self, step: u64, engine: &mut Engine, gpu: Option<&RankGpu>) -> Result<(), Failure> {
+    pub fn begin_step(
+        &mut self,
+        step: u64,
+        engine: &mut Engine,
+        gpu: Option<&RankGpu>,
+    ) -> Result<(), Failure> {
         if self.config.is_none_or(|config| config.first_step != step) {
             return Ok(());
         }
@@ -87,12 +92,8 @@ impl Tracer {
 impl Recording {
     fn events(self, rank: usize) -> Result<Vec<Value>, Failure> {
         let micros = |time: Instant| time.saturating_duration_since(self.began).as_secs_f64() * 1e6;
-        let span = |line: usize, name: &str, start_us: f64, duration_us: f64| {
-            json!({ "name": name, "ph": "X", "pid": rank, "tid": line, "ts": start_us, "dur": duration_us })
-        };
-        let named = |line: usize, name: &str| {
-            json!({ "name": "thread_name", "ph": "M", "pid": rank, "tid": line, "args": { "name": name } })
-        };
+        let span = |line: usize, name: &str, start_us: f64, duration_us: f64| json!({ "name": name, "ph": "X", "pid": rank, "tid": line, "ts": start_us, "dur": duration_us });
+        let named = |line: usize, name: &str| json!({ "name": "thread_name", "ph": "M", "pid": rank, "tid": line, "args": { "name": name } });
         let process = json!({ "name": "process_name", "ph": "M", "pid": rank, "args": { "name": format!("rank {rank}") } });
         let mut events = vec![process, named(HOST, "host")];
         for &(step, start, end) in &self.steps {
@@ -100,9 +101,15 @@ impl Recording {
         }
         let phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
         let ends = phases.iter().skip(1).map(|&(_, end)| end).chain(self.steps.last().map(|step| step.2));
-        for (&(phase, start), end) in phases.iter().zip(ends).filter(|((phase, _), _)| *phase != Phase::Idle) {
+        for (&(phase, start), end) in phases.iter().zip(ends).filter(|((phase, _), _)| *phase != Phase::Idle)
+        {
             let length = end.saturating_duration_since(start);
-            events.push(span(HOST, name_of(phase), micros(start), length.max(Duration::ZERO).as_secs_f64() * 1e6));
+            events.push(span(
+                HOST,
+                name_of(phase),
+                micros(start),
+                length.max(Duration::ZERO).as_secs_f64() * 1e6,
+            ));
         }
         let mut lines: Vec<&'static str> = Vec::new();
         for work in self.gpu.map(cuda::Trace::finish).transpose()?.unwrap_or_default() {

@@ -114,7 +114,18 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     let saver = Saver::new(config.checkpoint, dir.checkpoints(), fixed, &engine, &telemetry)?;
     let first_step = resumed.as_ref().map_or(0, Resumed::step);
     let tracer = Tracer::new(config.trace, dir.path(), launch.rank);
-    let mut run = Run { config, launch, gpu: gpu.as_ref(), loader, held_out, stop, telemetry: &telemetry, first_step, saver, tracer };
+    let mut run = Run {
+        config,
+        launch,
+        gpu: gpu.as_ref(),
+        loader,
+        held_out,
+        stop,
+        telemetry: &telemetry,
+        first_step,
+        saver,
+        tracer,
+    };
     run.evaluate(&mut engine, run.first_step)?;
     let end = run.train(&mut engine)?;
     run.tracer.finish(&mut engine)?;

@@ -75,7 +75,8 @@ impl Tiers {
             Tier::Device => device.clone(),
             Tier::Host => host,
         };
-        let copies = Some(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?.named("copies")));
+        let copies =
+            Some(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?.named("copies")));
         Ok(Tiers { device, stepper, copies, params, transfers: [None, None] })
     }
 

@@ -50,7 +50,7 @@ pub struct Staged {
 }
 
 /// What a group and its subgroups have together.
-struct Shared {
+pub(crate) struct Shared {
     gpu: Gpu,
     compute: Arc<Stream>,
     piece_bytes: usize,
@@ -121,13 +121,11 @@ impl Staged {
         compute: Arc<Stream>,
         piece_bytes: usize,
     ) -> Result<Group, CommError> {
-        let pinned = Mutex::new(BufferPool::of(Memory::Pinned(gpu.clone())));
-        let piece_bytes = piece_bytes.max(64 * inner.group_size());
-        let shared = Arc::new(Shared { gpu: gpu.clone(), compute, piece_bytes, pinned });
+        let shared = Shared::new(gpu, compute, piece_bytes.max(64 * inner.group_size()));
         Ok(Arc::new(Staged::over(inner, shared, Operation::Subgroup)?))
     }
 
-    fn over(inner: Group, shared: Arc<Shared>, operation: Operation) -> Result<Staged, CommError> {
+    pub(crate) fn over(inner: Group, shared: Arc<Shared>, operation: Operation) -> Result<Staged, CommError> {
         let Shared { gpu, compute, .. } = &*shared;
         let make = || {
             let (expected, got) = (gpu.ordinal(), compute.gpu().ordinal());
@@ -322,6 +320,11 @@ impl Staged {
 }
 
 impl Shared {
+    pub(crate) fn new(gpu: &Gpu, compute: Arc<Stream>, piece_bytes: usize) -> Arc<Self> {
+        let pinned = Mutex::new(BufferPool::of(Memory::Pinned(gpu.clone())));
+        Arc::new(Shared { gpu: gpu.clone(), compute, piece_bytes, pinned })
+    }
+
     fn pinned(&self) -> MutexGuard<'_, BufferPool> {
         self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -436,6 +439,14 @@ impl ProcessGroup for Staged {
         let inner = self.straight(demand, |inner| inner.subgroup(name, ranks))?;
         let over = |inner| Staged::over(inner, Arc::clone(&self.shared), Operation::Subgroup);
         Ok(inner.map(over).transpose()?.map(|group| Arc::new(group) as Group))
+    }
+
+    fn post(&self, call: &Call) -> u64 {
+        self.inner.post(call)
+    }
+
+    fn missing(&self, number: u64, call: &Call) -> Result<Option<usize>, CommError> {
+        self.inner.missing(number, call)
     }
 
     fn ledger(&self) -> Ledger {

@@ -7,6 +7,7 @@ use shardwise_device::{Buffer, DType, Place, Slice, SliceMut};
 use super::{Fault, Staged};
 use crate::Part;
 use crate::member::Patience;
+use crate::parts::{runs as runs_of, starts_of};
 
 /// Pinned memory for one piece.
 pub(super) struct Slot {
@@ -139,25 +140,7 @@ pub(super) struct ReduceScatter<'a> {
 
 impl<'a> ReduceScatter<'a> {
     pub(super) fn new(parts: &'a [Part<'a>], shard: SliceMut<'a>, dtype: DType, n: usize) -> Self {
-        let mut starts = vec![0];
-        for part in parts {
-            starts.push(starts[starts.len() - 1] + part.numel());
-        }
-        ReduceScatter { parts, starts, shard, dtype, n }
-    }
-
-    /// The input's elements `range`, cut where parts end.
-    fn runs(&self, range: Range<usize>) -> impl Iterator<Item = Part<'a>> {
-        let first = self.starts.partition_point(|&start| start <= range.start).saturating_sub(1);
-        let bounds = self.starts.windows(2).zip(self.parts).skip(first);
-        let until = range.end;
-        bounds.take_while(move |(bounds, _)| bounds[0] < until).filter_map(move |(bounds, part)| {
-            let here = range.start.max(bounds[0])..range.end.min(bounds[1]);
-            (!here.is_empty()).then(|| match part {
-                Part::Data(data) => Part::Data(data.range(here.start - bounds[0]..here.end - bounds[0])),
-                Part::Zeros(_) => Part::Zeros(here.len()),
-            })
-        })
+        ReduceScatter { parts, starts: starts_of(parts), shard, dtype, n }
     }
 }
 
@@ -174,7 +157,7 @@ impl Pieces for ReduceScatter<'_> {
         let mut at = 0;
         for rank in 0..self.n {
             let start = rank * self.shard.numel();
-            for part in self.runs(start + range.start..start + range.end) {
+            for part in runs_of(self.parts, &self.starts, start + range.start..start + range.end) {
                 let data = match part {
                     Part::Data(data) => data,
                     Part::Zeros(numel) => {

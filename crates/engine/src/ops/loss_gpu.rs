@@ -94,8 +94,7 @@ impl Head {
             losses: Tensor::f_empty([num_rows], (Kind::Double, device))?,
             bad_row: Tensor::f_full([1], -1, (Kind::Int64, device))?,
         };
-        let memory =
-            Tensor::f_empty([self.chunk_rows, self.weight.size()[0]], (self.gpu.kind, device))?;
+        let memory = Tensor::f_empty([self.chunk_rows, self.weight.size()[0]], (self.gpu.kind, device))?;
         let drows = if rows_learn { Some(self.rows.f_empty_like()?) } else { None };
         let mut dweight = None;
         let mut first = 0;
@@ -119,11 +118,7 @@ impl Head {
             None => None,
         };
         let total = Tensor::f_empty([1], (Kind::Double, device))?;
-        let sum = SumInOrder {
-            terms: address(&sums.losses),
-            total: address(&total),
-            numel: num_rows as u64,
-        };
+        let sum = SumInOrder { terms: address(&sums.losses), total: address(&total), numel: num_rows as u64 };
         self.gpu.run("cross_entropy", &sum.launch())?;
         let loss = total.f_div_scalar(num_rows as f64)?.f_to_kind(Kind::Float)?.f_squeeze()?;
         Ok((loss, [drows, dweight]))
@@ -229,9 +224,8 @@ impl ClassPart {
         let own = Tensor::f_stack(&[highest, sum, of_target], 0)?.f_contiguous()?;
         let degree = self.tensor.degree() as i64;
         let mut all = Tensor::f_empty([degree, 3, rows], float)?;
-        self.tensor.run(|group| {
-            group.all_gather(self.tensor.slice(&own), self.tensor.slice_mut(&mut all))
-        })?;
+        self.tensor
+            .run(|group| group.all_gather(self.tensor.slice(&own), self.tensor.slice_mut(&mut all)))?;
         let of_ranks = |which: i64| all.f_select(1, which);
         let highest = of_ranks(0)?.f_amax([0i64].as_slice(), false)?;
         let weights = of_ranks(0)?.f_sub(&highest)?.f_exp()?;

@@ -19,12 +19,7 @@ use shardwise_kernels::Float;
 /// What libtorch says.
 /// # Source
 /// Root Mean Square Layer Normalization (arXiv:1910.07467).
-pub fn rms_norm(
-    context: &Context<'_>,
-    x: &Tensor,
-    weight: &Tensor,
-    eps: f64,
-) -> Result<Tensor, EngineError> {
+pub fn rms_norm(context: &Context<'_>, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
     if let Some(gpu) = on_gpu(context, &[x, weight]) {
         return on_a_gpu(gpu, x, weight, eps);
     }

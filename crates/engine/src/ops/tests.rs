@@ -57,9 +57,13 @@ fn fused_and_plain_forms_agree() {
         {
             let x = leaf(&[batch, seq, heads * width], kind);
             let weight = leaf(&[heads * width], kind);
-            compare("rms_norm", kind, &[&x, &weight], &|| rms_norm(&asking(), &x, &weight, 1e-5).unwrap(), &|| {
-                rms_norm_plain(&x, &weight, 1e-5).unwrap()
-            });
+            compare(
+                "rms_norm",
+                kind,
+                &[&x, &weight],
+                &|| rms_norm(&asking(), &x, &weight, 1e-5).unwrap(),
+                &|| rms_norm_plain(&x, &weight, 1e-5).unwrap(),
+            );
 
             let (gate, up) = (leaf(&[batch, seq, 77], kind), leaf(&[batch, seq, 77], kind));
             compare("swiglu", kind, &[&gate, &up], &|| swiglu(&asking(), &gate, &up).unwrap(), &|| {
@@ -292,7 +296,8 @@ fn a_target_that_is_no_class_is_an_error() {
     let (x, head) = (leaf(&[2, 8], Kind::Float), leaf(&[5, 8], Kind::Float));
     for chunk_rows in [1, 2] {
         let options = LinearCrossEntropy { chunk_rows: Some(chunk_rows), ..Default::default() };
-        let error = options.forward(&asking(), &x, &head, &Tensor::from_slice(&[1i64, 5])).unwrap_err().to_string();
+        let error =
+            options.forward(&asking(), &x, &head, &Tensor::from_slice(&[1i64, 5])).unwrap_err().to_string();
         assert!(error.contains("target `5` of row `1`"), "{error}");
     }
 }

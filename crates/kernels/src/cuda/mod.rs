@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Every kernel has one parameter, a structure that is declared on both sides and checked by running the kernels'
-//! source, compiled as C++, against the CPU kernels (`tests/cuda_host`). Element-wise kernels, and sums of squares,
+//! source, compiled as C++, against the CPU kernels (`tests/cuda_host`). Element-wise kernels, sums over ranks and sums of squares
 //! give the bits of the CPU kernels; sums over a row differ in rounding.
 
 mod cache;
@@ -30,6 +30,7 @@ mod pack;
 mod search;
 mod source;
 mod split;
+mod sum_ranks;
 
 pub use cache::{Cubin, KernelCache, Origin};
 pub use code::CompiledCode;
@@ -48,3 +49,4 @@ pub use pack::{Pack, Segment};
 pub use search::Search;
 pub use source::{Header, Program, Source};
 pub use split::{SplitCombine, SplitGradients, SplitPartial};
+pub use sum_ranks::{SumRanks, SumType};

@@ -1,6 +1,6 @@
 //! The sources in the tree, and the kernels each has.
 
-use super::{CudaKernelError, cubin, dropout, lamb, layers, norm, optimizer, pack, split};
+use super::{CudaKernelError, cubin, dropout, lamb, layers, norm, optimizer, pack, split, sum_ranks};
 
 /// A text that sources include by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +61,8 @@ pub enum Source {
     RmsNorm,
     /// Rotary positions.
     Rotary,
+    /// Sums over ranks.
+    SumRanks,
     /// SwiGLU, forward and backward.
     Swiglu,
 }
@@ -73,7 +75,7 @@ const HEADERS: &[Header<'static>] = &[
 
 impl Source {
     /// All sources.
-    pub const ALL: [Source; 10] = [
+    pub const ALL: [Source; 11] = [
         Source::CrossEntropy,
         Source::CrossEntropySplit,
         Source::Dropout,
@@ -83,6 +85,7 @@ impl Source {
         Source::Pack,
         Source::RmsNorm,
         Source::Rotary,
+        Source::SumRanks,
         Source::Swiglu,
     ];
 
@@ -108,6 +111,7 @@ impl Source {
             Source::Pack => source!("pack.cu", pack::ENTRIES),
             Source::RmsNorm => source!("rms_norm.cu", layers::RMS_NORM_ENTRIES),
             Source::Rotary => source!("rotary.cu", layers::ROTARY_ENTRIES),
+            Source::SumRanks => source!("sum_ranks.cu", sum_ranks::ENTRIES),
             Source::Swiglu => source!("swiglu.cu", layers::SWIGLU_ENTRIES),
         }
     }

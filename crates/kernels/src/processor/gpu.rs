@@ -4,14 +4,14 @@ use std::collections::{HashMap, hash_map};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use shardwise_device::cuda::{Access, Args, Gpu, Grid, Kernel, Module, Stream};
+use shardwise_device::cuda::{Access, Args, CudaError, Gpu, Grid, Kernel, Module, Stream};
 use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
 
 use super::step::pointer_of;
-use super::{Piece, ProcessorError, StepSlices};
+use super::{Piece, ProcessorError, StepSlices, num_terms};
 use crate::cuda::{
     CompiledCode, CudaKernelError, DevicePtr, Entry, FloatType, Launch, Pack, Params, Segment, Source,
-    StepBuffers, SumInOrder, SumOfSquares,
+    StepBuffers, SumInOrder, SumOfSquares, SumRanks, SumType,
 };
 
 /// Where a GPU's machine code comes from.
@@ -32,12 +32,17 @@ impl<T: MachineCode + ?Sized> MachineCode for Arc<T> {
 /// A stream of a GPU with the kernels that run there.
 pub struct GpuProcessor {
     stream: Arc<Stream>,
-    code: Box<dyn MachineCode>,
-    loaded: Mutex<Loaded>,
+    kernels: Arc<Kernels>,
     /// Locked from the first launch until the sums are on the host, so that no two calls share it.
     sums: Mutex<Option<Sums>>,
     /// Norms of blocks of elements, as bytes, between two calls of one pass of LAMB.
     pub(super) norm_blocks: Mutex<Option<Buffer>>,
+}
+
+/// What processors on several streams of a GPU share.
+struct Kernels {
+    code: Box<dyn MachineCode>,
+    loaded: Mutex<Loaded>,
 }
 
 #[derive(Default)]
@@ -65,11 +70,10 @@ impl GpuProcessor {
     /// # Safety
     /// `code` gives what a compiler made of the sources, unchanged.
     pub unsafe fn new(stream: impl Into<Arc<Stream>>, code: impl MachineCode + 'static) -> Self {
-        let stream = stream.into();
+        let kernels = Kernels { code: Box::new(code), loaded: Mutex::default() };
         GpuProcessor {
-            stream,
-            code: Box::new(code),
-            loaded: Mutex::default(),
+            stream: stream.into(),
+            kernels: Arc::new(kernels),
             sums: Mutex::default(),
             norm_blocks: Mutex::default(),
         }
@@ -79,6 +83,24 @@ impl GpuProcessor {
     pub fn compiled(stream: impl Into<Arc<Stream>>, code: Arc<CompiledCode>) -> Self {
         // SAFETY: it compiles the sources, or reads what the user's own cache has of them, by a checksum.
         unsafe { GpuProcessor::new(stream, code) }
+    }
+
+    /// The same kernels on another stream of the GPU.
+    ///
+    /// # Errors
+    /// [`CudaError::WrongGpu`] if the stream is another GPU's.
+    pub fn on_stream(&self, stream: impl Into<Arc<Stream>>) -> Result<Self, CudaError> {
+        let stream = stream.into();
+        let (expected, got) = (self.gpu().ordinal(), stream.gpu().ordinal());
+        if expected != got {
+            return Err(CudaError::WrongGpu { what: "stream", expected, got });
+        }
+        Ok(GpuProcessor {
+            stream,
+            kernels: Arc::clone(&self.kernels),
+            sums: Mutex::default(),
+            norm_blocks: Mutex::default(),
+        })
     }
 
     /// The GPU.
@@ -129,14 +151,14 @@ impl GpuProcessor {
     }
 
     fn kernel(&self, entry: Entry) -> Result<Arc<Kernel>, ProcessorError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = self.kernels.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = loaded.kernels.get(&entry) {
             return Ok(Arc::clone(kernel));
         }
         let kernel = match loaded.modules.entry(entry.source) {
             hash_map::Entry::Occupied(module) => module.get().kernel(entry.name)?,
             hash_map::Entry::Vacant(place) => {
-                let code = self.code.of(entry.source)?;
+                let code = self.kernels.code.of(entry.source)?;
                 // SAFETY: what a compiler made, as `new` was promised.
                 let module = unsafe { self.gpu().load_module(entry.source.program().name, &code)? };
                 place.insert(module).kernel(entry.name)?
@@ -243,6 +265,40 @@ impl GpuProcessor {
             }
         }
         Ok(())
+    }
+
+    /// Checks lengths and types as the host's sums do, then queues one launch.
+    pub(super) fn sum_ranks(
+        &self,
+        terms: Slice<'_>,
+        stride: usize,
+        sum: SliceMut<'_>,
+    ) -> Result<(), ProcessorError> {
+        let (num_terms, numel) = (num_terms(terms, stride, sum.as_slice()), sum.numel());
+        let from = float_type(terms.dtype());
+        let to = match sum.dtype() {
+            dtype if dtype == terms.dtype() => SumType::Same,
+            DType::F32 => SumType::F32,
+            to => panic!("a sum of `{}` into `{to}` is not defined", terms.dtype()),
+        };
+        for view in [terms, sum.as_slice()] {
+            self.require_here(view)?;
+        }
+        if numel == 0 {
+            return Ok(());
+        }
+        let launch = SumRanks {
+            terms: pointer_of(terms),
+            sum: pointer_of(sum.as_slice()),
+            stride: stride as u64,
+            numel: numel as u64,
+            num_terms: u32::try_from(num_terms).expect("fewer ranks than a `u32` counts"),
+        };
+        // SAFETY: the last term ends within `terms` (`num_terms`), and `sum` has as many elements as a term; types are those of
+        // the views. `sum` is borrowed to be written.
+        unsafe {
+            self.run(&launch.launch(from, to), [(terms, Access::Read), (sum.as_slice(), Access::Write)])
+        }
     }
 
     pub(super) fn sums_of_squares(&self, parts: &[Slice<'_>]) -> Result<Vec<f64>, ProcessorError> {

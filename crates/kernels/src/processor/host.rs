@@ -4,7 +4,8 @@
 
 use shardwise_device::{Slice, SliceMut};
 
-use super::{Piece, ProcessorError};
+use super::{Piece, ProcessorError, num_terms};
+use crate::reduce::{Store, Term, sum_in_order};
 use crate::{Threads, convert, norm};
 
 pub(super) fn zero(into: SliceMut<'_>) -> Result<(), ProcessorError> {
@@ -59,6 +60,20 @@ pub(super) fn accumulate(
         }
     }
     assert_eq!(rest.numel(), 0, "elements that no piece covers");
+    Ok(())
+}
+
+pub(super) fn sum_ranks(
+    terms: Slice<'_>,
+    stride: usize,
+    mut sum: SliceMut<'_>,
+) -> Result<(), ProcessorError> {
+    terms.host_bytes()?;
+    sum.reborrow().host_bytes()?;
+    let numel = sum.numel();
+    let term = |rank: usize| Term::Of(terms.range(rank * stride..rank * stride + numel));
+    let terms: Vec<_> = (0..num_terms(terms, stride, sum.as_slice())).map(term).collect();
+    sum_in_order(&terms, sum, Store::Cached);
     Ok(())
 }
 

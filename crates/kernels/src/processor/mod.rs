@@ -114,6 +114,27 @@ impl Processor {
         }
     }
 
+    /// Adds terms of as many elements as `sum` has, in their order in f32, and rounds once: sums over ranks, as
+    /// [`crate::reduce::sum_in_order`].
+    ///
+    /// # Shapes
+    /// - `terms`: all terms, each `stride` elements after the one before; what is between them is not read
+    /// - `sum`: of the terms' type, or f32
+    ///
+    /// # Errors
+    /// As [`Processor::zero`].
+    pub fn sum_ranks(
+        &self,
+        terms: Slice<'_>,
+        stride: usize,
+        sum: SliceMut<'_>,
+    ) -> Result<(), ProcessorError> {
+        match self {
+            Processor::Host(_) => host::sum_ranks(terms, stride, sum),
+            Processor::Gpu(gpu) => gpu.sum_ranks(terms, stride, sum),
+        }
+    }
+
     /// The sum of squares of each of `parts`, in f64: finite exactly when all its elements are. Waits for them.
     ///
     /// # Errors
@@ -224,6 +245,20 @@ impl Processor {
             }
             Processor::Gpu(gpu) => gpu.step(slices, |buffers| adagrad.cuda_step(grad_scale, buffers)),
         }
+    }
+}
+
+/// How many terms of as many elements as `sum` has stand in `terms`, `stride` elements apart.
+///
+/// # Panics
+/// If that is no whole number of terms, or they overlap.
+fn num_terms(terms: Slice<'_>, stride: usize, sum: Slice<'_>) -> usize {
+    let (numel, per_term) = (sum.numel(), stride.max(1));
+    let rest = terms.numel().checked_sub(numel).filter(|rest| rest.is_multiple_of(per_term));
+    let whole = numel <= stride || rest == Some(0);
+    match rest {
+        Some(rest) if whole => rest / per_term + 1,
+        _ => panic!("`{}` elements are no terms of `{numel}` each, `{stride}` apart", terms.numel()),
     }
 }
 

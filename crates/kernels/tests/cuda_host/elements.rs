@@ -2,7 +2,10 @@
 
 use half::{bf16, f16};
 use shardwise_device::{Element, Slice, SliceMut};
-use shardwise_kernels::cuda::{DevicePtr, LaunchPlan, Pack, Rotate, Segment, SwigluBackward, SwigluForward};
+use shardwise_kernels::cuda::{
+    DevicePtr, LaunchPlan, Pack, Rotate, Segment, SumRanks, SumType, SwigluBackward, SwigluForward,
+};
+use shardwise_kernels::reduce::{Store, Term, sum_in_order};
 use shardwise_kernels::rotary::{self, Direction, Shape};
 use shardwise_kernels::{Threads, convert, swiglu};
 
@@ -106,6 +109,42 @@ fn casts_round_like_the_crate_half() {
     cast::<f32, bf16>(&near).assert_same(&narrow, "to bf16");
     let narrow: Vec<f16> = near.iter().map(|&x| f16::from_f32(x)).collect();
     cast::<f32, f16>(&near).assert_same(&narrow, "to f16");
+}
+
+fn check_sum_ranks<A: Float + Element, B: Float + Element>(to: SumType) {
+    let mut random = Random(5);
+    for (i, numel) in SIZES.into_iter().enumerate() {
+        for num_terms in [1, 2, 4, 5, 6, 9] {
+            // Terms side by side, or with anything between; at all offsets.
+            let stride = numel + [0, 7, 64 - numel % 64][(i + num_terms) % 3];
+            let terms: Vec<A> = random.any((num_terms - 1) * stride + numel);
+            let sum = in_both_orders(|order| {
+                let mut from = Device::new(&terms, [0, 0, 1][i % 3]);
+                let mut sum = Device::new(&vec![B::round(0.0); numel], [0, 8, 0, 3][num_terms % 4]);
+                let (stride, numel, num_terms) = (stride as u64, numel as u64, num_terms as u32);
+                let call = SumRanks { terms: from.ptr(), sum: sum.ptr(), stride, numel, num_terms };
+                host().launch(&call.launch(A::TYPE, to), order);
+                from.get().assert_same(&terms, "read only");
+                sum.get()
+            });
+            let mut expected = vec![B::round(0.0); numel];
+            let rows: Vec<_> = (0..num_terms)
+                .map(|rank| Term::Of(Slice::of(&terms[rank * stride..rank * stride + numel])))
+                .collect();
+            sum_in_order(&rows, SliceMut::of(&mut expected), Store::Cached);
+            sum.assert_same(&expected, &format!("{num_terms} terms of {numel}, {stride} apart"));
+        }
+    }
+}
+
+#[test]
+fn terms_of_ranks_are_summed_like_on_the_cpu() {
+    check_sum_ranks::<f32, f32>(SumType::F32);
+    check_sum_ranks::<f32, f32>(SumType::Same);
+    check_sum_ranks::<bf16, f32>(SumType::F32);
+    check_sum_ranks::<bf16, bf16>(SumType::Same);
+    check_sum_ranks::<f16, f32>(SumType::F32);
+    check_sum_ranks::<f16, f16>(SumType::Same);
 }
 
 fn check_swiglu<T: Float>() {

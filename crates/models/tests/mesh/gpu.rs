@@ -5,9 +5,9 @@
 
 use serde_json::Value;
 use shardwise_device::DType;
-use shardwise_plan::{ActivationPolicy, ZeroStage};
 use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::SequenceParallel;
+use shardwise_plan::{ActivationPolicy, ZeroStage};
 use shardwise_zero::{Offload, Overlap, Tier};
 
 use crate::runs::{On, Run, Trace, dropping_gpt2, gpt2, llama};
@@ -35,7 +35,9 @@ fn assert_close(gpu: &Trace, host: &Trace, tolerance: f64) {
 #[test]
 fn a_gpu_trains_as_the_host_does() {
     for model in [llama(), gpt2(), dropping_gpt2()] {
-        for (compute, tolerance) in [(DType::F32, HOST_F32), (DType::Bf16, HOST_BF16), (DType::F16, HOST_BF16)] {
+        for (compute, tolerance) in
+            [(DType::F32, HOST_F32), (DType::Bf16, HOST_BF16), (DType::F16, HOST_BF16)]
+        {
             let host = run(&model, [1, 1, 1], ZeroStage::Zero, compute, On::Host).trace();
             let gpu = run(&model, [1, 1, 1], ZeroStage::Zero, compute, ON_GPU).trace();
             assert_close(&gpu, &host, tolerance);
