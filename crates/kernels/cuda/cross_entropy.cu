@@ -17,6 +17,8 @@ struct CrossEntropy {
     u64* bad_row;
     u64 rows;
     u64 classes;
+    // From a row to the next, in elements.
+    u64 stride;
     float scale;
 };
 
@@ -24,9 +26,9 @@ template <class T>
 __device__ __forceinline__ void cross_entropy(const CrossEntropy<T>& p) {
     SHARED(Softmax, scratch, [WARP]);
     constexpr int V = VECTOR<T>;
-    const bool vectors = p.classes % V == 0 && aligned<V>(p.logits) && aligned<V>(p.grad);
+    const bool vectors = p.stride % V == 0 && aligned<V>(p.logits) && aligned<V>(p.grad);
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const T* logits = p.logits + row * p.classes;
+        const T* logits = p.logits + row * p.stride;
         const i64 target = p.targets[row];
         if (target < 0 || u64(target) >= p.classes) {
             if (threadIdx.x == 0) {
@@ -44,7 +46,7 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropy<T>& p) {
             p.losses[row] = loss_of(softmax.max, sum, of_target);
         }
         if (p.grad == nullptr) continue;
-        T* grad = p.grad + row * p.classes;
+        T* grad = p.grad + row * p.stride;
         const float inverse = float(double(p.scale) / sum);
         for_each_in_block<V>(p.classes, vectors, [&](auto lanes, u64 at) {
             constexpr int N = decltype(lanes)::COUNT;

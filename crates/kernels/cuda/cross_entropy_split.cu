@@ -31,8 +31,9 @@ struct SplitPartial {
     // As in cross_entropy.cu.
     u64* bad_row;
     u64 rows;
-    // Classes here, and the first of them among all.
+    // Classes here, from a row to the next in elements, and the first of them among all.
     u64 width;
+    u64 stride;
     u64 first_class;
     u64 num_classes;
 };
@@ -41,9 +42,9 @@ template <class T>
 __device__ __forceinline__ void partial(const SplitPartial<T>& p) {
     SHARED(Softmax, scratch, [WARP]);
     constexpr int V = VECTOR<T>;
-    const bool vectors = p.width % V == 0 && aligned<V>(p.logits);
+    const bool vectors = p.stride % V == 0 && aligned<V>(p.logits);
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const T* logits = p.logits + row * p.width;
+        const T* logits = p.logits + row * p.stride;
         const Softmax softmax = softmax_of_row<V>(logits, p.width, vectors, scratch);
         if (threadIdx.x != 0) continue;
         const i64 target = p.targets[row];
@@ -93,6 +94,7 @@ struct SplitGradients {
     const RowSoftmax* softmax;
     u64 rows;
     u64 width;
+    u64 stride;
     u64 first_class;
     u64 num_classes;
     float scale;
@@ -101,11 +103,11 @@ struct SplitGradients {
 template <class T>
 __device__ __forceinline__ void gradients(const SplitGradients<T>& p) {
     constexpr int V = VECTOR<T>;
-    const bool vectors = p.width % V == 0 && aligned<V>(p.logits);
+    const bool vectors = p.stride % V == 0 && aligned<V>(p.logits);
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const i64 target = p.targets[row];
         if (!is_class(target, p.num_classes)) continue;
-        T* logits = p.logits + row * p.width;
+        T* logits = p.logits + row * p.stride;
         const RowSoftmax softmax = p.softmax[row];
         const float inverse = float(double(p.scale) / softmax.sum);
         const u64 own = u64(target) - p.first_class;  // wraps below the first

@@ -9,14 +9,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use shardwise_comm::nccl::{Library, Nccl};
+use shardwise_comm::nccl::{self, Library, Nccl};
 use shardwise_comm::staged::Staged;
 use shardwise_comm::{Group, ProcessGroup};
-use shardwise_config::{Collectives, Device, GpuSharing, RunConfig};
+use shardwise_config::{Determinism, Device, GpuSharing, RunConfig};
 use shardwise_device::cuda::{Driver, Gpu, Priority, Sharing, gpu_for_rank};
 use shardwise_device::{Buffer, DType, Memory, Slice, SliceMut};
 use shardwise_kernels::cuda::{CompiledCode, KernelCache, Nvrtc, Search, Source};
 use shardwise_kernels::processor::GpuProcessor;
+use shardwise_plan::Collectives;
 use shardwise_torch::{TorchError, cuda, library_folder};
 
 use crate::failure::Failure;
@@ -54,8 +55,8 @@ impl RankGpu {
         let stream = gpu.stream(Priority::Normal)?.named("compute");
         cuda::load(ordinal).map_err(torch_failure)?;
         cuda::set_determinism(match config.cuda.determinism {
-            shardwise_config::Determinism::Off => cuda::Determinism::Off,
-            shardwise_config::Determinism::On => cuda::Determinism::On,
+            Determinism::Off => cuda::Determinism::Off,
+            Determinism::On => cuda::Determinism::On,
         })?;
         // SAFETY: our own stream of this GPU's primary context. The processor holds it, and the engine and this value hold that, to
         // the end of the run.
@@ -103,15 +104,19 @@ impl RankGpu {
         }
         let gpu = self.processor.gpu();
         let host = |world| Staged::new(world, gpu, self.processor.stream().clone());
-        let wanted = match (config.cuda.collectives, config.cuda.sharing) {
-            (Collectives::Host, _) | (_, GpuSharing::Shared) => return Ok(host(world)?),
-            (wanted, GpuSharing::Exclusive) => wanted,
-        };
-        let library = Library::find(libraries.nccl.as_deref(), libtorch().as_deref());
+        let wanted = config.cuda.collectives();
+        if wanted == Collectives::Host {
+            return Ok(host(world)?);
+        }
+        let search = nccl::Search { given: libraries.nccl.clone(), libtorch: libtorch() };
+        let library = Library::load(&search);
         // One rank without it would wait for the others for ever: they agree first.
         let have_it = all_agree(&*world, library.is_ok())?;
         match (library, have_it) {
-            (Ok(library), true) => Ok(Nccl::new(world, Arc::new(library), Arc::clone(&self.processor))?),
+            (Ok(library), true) => {
+                let processor = Arc::clone(&self.processor);
+                Ok(Nccl::new(world, library, processor, self.processor.stream().clone())?)
+            }
             (Err(error), _) if wanted == Collectives::Nccl => Err(Failure::configuration(error)),
             (Ok(_), false) if wanted == Collectives::Nccl => Err(Failure::usage(
                 "another rank has no NCCL",

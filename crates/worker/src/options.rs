@@ -1,10 +1,11 @@
 //! From the run's configuration to the engine's options, setting by setting.
 
 use shardwise_config as config;
-use shardwise_config::{NamePattern, OffloadTo, RunConfig};
+use shardwise_config::{NamePattern, RunConfig};
 use shardwise_device::DType;
 use shardwise_engine::{EngineOptions, PipelineOptions};
 use shardwise_kernels::Threads;
+use shardwise_plan::OffloadTo;
 use shardwise_plan::pipeline::ScheduleKind;
 use shardwise_plan::zoo::ModelConfig;
 use shardwise_zero::{

@@ -31,8 +31,8 @@ impl Assembler<'_> {
     }
 
     pub fn cuda(&mut self, device: Option<Device>) -> Option<CudaConfig> {
-        const KEYS: [&str; 3] = ["cuda.collectives", "cuda.share", "cuda.memory_limit"];
-        let [collectives_key, share_key, limit_key] = KEYS;
+        const KEYS: [&str; 4] = ["cuda.collectives", "cuda.share", "cuda.memory_limit", "cuda.deterministic"];
+        let [collectives_key, share_key, limit_key, deterministic_key] = KEYS;
         let collectives = self.get(collectives_key, |value| match word(value)?.as_str() {
             "auto" => Some(Collectives::Auto),
             "nccl" => Some(Collectives::Nccl),
@@ -43,6 +43,9 @@ impl Assembler<'_> {
             Some(if switch(value)? { GpuSharing::Shared } else { GpuSharing::Exclusive })
         });
         let memory_limit = self.optional(limit_key, schema::bytes);
+        let determinism = self.get(deterministic_key, |value| {
+            Some(if switch(value)? { Determinism::On } else { Determinism::Off })
+        });
         if device? == Device::Cpu {
             KEYS.iter().for_each(|key| self.no_effect(key, "`device` is `cpu`, where it changes nothing"));
         } else if let (Some(Collectives::Nccl), Some(share)) =
@@ -59,6 +62,7 @@ impl Assembler<'_> {
             collectives: self.keep("cuda.collectives", collectives?),
             sharing: self.keep("cuda.sharing", sharing?),
             memory_limit: self.keep("cuda.memory_limit", memory_limit?),
+            determinism: self.keep("cuda.determinism", determinism?),
         })
     }
 
@@ -144,7 +148,7 @@ impl Assembler<'_> {
         offload: Option<OffloadConfig>,
     ) {
         let (Some(Device::Cuda), Some(offload)) = (device, offload) else { return };
-        if let Some(Optimizer::Lamb(_) | Optimizer::Muon(_)) = optimizer
+        if let Some(Optimizer::Muon(_)) = optimizer
             && offload.optimizer == OffloadTo::Device
             && let Some(setting) = self.setting("deepspeed.optimizer.type")
         {

@@ -37,6 +37,7 @@ pub(crate) const KEYS: &[Key] = &[
     used("cuda.collectives", Kind::Choice(&["auto", "nccl", "host"]), is("\"auto\"")),
     used("cuda.share", BOOL, FALSE),
     used("cuda.memory_limit", Kind::Bytes, NONE),
+    used("cuda.deterministic", BOOL, FALSE),
     used("threads_per_rank", COUNT, NONE),
     group("parallel"),
     used("parallel.pipeline", DEGREE, NONE),

@@ -22,6 +22,19 @@ pub struct CudaConfig {
     pub sharing: GpuSharing,
     /// The most bytes of a GPU's memory that a rank may use; `None` leaves it at what there is.
     pub memory_limit: Option<u64>,
+    /// Whether operations give the same bits each time they run.
+    pub determinism: Determinism,
+}
+
+/// Whether operations on a GPU give the same bits each time they run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Determinism {
+    /// The fastest form of each: some of libtorch's add in an order of chance.
+    #[default]
+    Off,
+    /// A form that adds in one order.
+    On,
 }
 
 /// Whether ranks may share a GPU.

@@ -6,6 +6,7 @@ use shardwise_plan::zoo::SequenceParallel;
 use shardwise_torch::function::link;
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
+use super::gpu::{OnGpu, address, on_gpu};
 use super::raw::{Fused, elements, elements_mut, fused_kind, threads};
 use crate::{Context, EngineError, Randomness};
 use shardwise_kernels::Float;
@@ -75,6 +76,9 @@ impl Dropout {
     ) -> Result<Tensor, EngineError> {
         let Some(random) = context.random.filter(|_| self.rate > 0.0) else { return Ok(x.shallow_clone()) };
         let mask = self.mask(random, x, share);
+        if let Some(gpu) = on_gpu(context, &[x]) {
+            return on_a_gpu(gpu, mask, x);
+        }
         match fused_kind(&[x]) {
             Some(Kind::BFloat16) => fused::<bf16>(mask, x),
             Some(Kind::Half) => fused::<f16>(mask, x),
@@ -104,6 +108,20 @@ impl Dropout {
             _ => mask.of_part(row_numel, nth * share_numel..(nth + 1) * share_numel),
         }
     }
+}
+
+fn on_a_gpu(gpu: OnGpu, mask: Mask, x: &Tensor) -> Result<Tensor, EngineError> {
+    let weigh = move |x: &Tensor| -> Result<Tensor, TorchError> {
+        let y = x.f_empty_like()?;
+        gpu.run("dropout", &mask.cuda_apply(gpu.float, address(x), address(&y), x.numel() as u64))?;
+        Ok(y)
+    };
+    let y = no_grad(|| weigh(x))?;
+    link(&[x], &[&y], &[], move |args| match &args.grads[0] {
+        Some(dy) => Ok(vec![Some(weigh(&dy.f_contiguous()?)?)]),
+        None => Ok(vec![None]),
+    })?;
+    Ok(y)
 }
 
 fn plain(mask: Mask, x: &Tensor) -> Result<Tensor, EngineError> {

@@ -42,6 +42,13 @@ impl OnGpu {
     }
 }
 
+/// Where the elements of a matrix are whose rows stand apart, and how far.
+pub(super) fn address_of_rows(tensor: &Tensor) -> (DevicePtr, u64) {
+    let stride = tensor.stride();
+    debug_assert!(tensor.dim() == 2 && (stride[1] == 1 || tensor.size()[1] <= 1), "rows of elements");
+    (DevicePtr::new(tensor.data_ptr().addr() as u64), stride[0] as u64)
+}
+
 /// Where a contiguous tensor's elements are.
 pub(super) fn address(tensor: &Tensor) -> DevicePtr {
     debug_assert!(tensor.is_contiguous(), "kernels take arrays");

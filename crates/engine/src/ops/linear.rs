@@ -6,7 +6,7 @@
 //! Where the gradients of matrices wait ([`crate::Context::deferred`]), the backward pass is ours too.
 
 use shardwise_torch::function::{Saved, link};
-use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
+use shardwise_torch::{Device, Kind, Tensor, TorchError, no_grad};
 
 use super::raw::multiplies_in_f32;
 use crate::deferred::{Form, Shelf};
@@ -99,6 +99,14 @@ fn own(
 fn map(form: Form, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TorchError> {
     match (form, bias) {
         (Form::OutIn, bias) => Ok(x.f_linear(weight, bias)?),
+        // A GPU's product adds the bias before it rounds, and saves a pass.
+        (Form::InOut, Some(bias)) if x.device() != Device::Cpu => {
+            let mut size = x.size();
+            let y = bias.f_addmm(&rows(x)?, weight)?;
+            size.pop();
+            size.push(weight.size()[1]);
+            Ok(y.f_view(size.as_slice())?)
+        }
         (Form::InOut, Some(bias)) => Ok(x.f_matmul(weight)?.f_add(bias)?),
         (Form::InOut, None) => Ok(x.f_matmul(weight)?),
     }

@@ -2,20 +2,24 @@
 //! for a number.
 //!
 //! Losses of rows are summed where they are, and the gradient of the loss is taken in where it is. A target that is no class makes the loss
-//! not a number. Where ranks have the scores of some classes each, the softmax is put together from a maximum, a sum and the target's
-//! score of each rank, in libtorch's operations.
+//! not a number.
 
-use shardwise_kernels::cuda::{CrossEntropy, DevicePtr, SumInOrder};
+use shardwise_kernels::cuda::{
+    CrossEntropy, DevicePtr, SplitCombine, SplitGradients, SplitPartial, SumInOrder,
+};
 use shardwise_plan::memory::HeadShape;
 use shardwise_torch::function::{Saved, link};
-use shardwise_torch::{Kind, Tensor, no_grad};
+use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
-use super::gpu::{OnGpu, address};
+use super::gpu::{OnGpu, address, address_of_rows};
 use super::loss::{ClassPart, LinearCrossEntropy, learns};
 use crate::EngineError;
 
 /// Classes whose part of a chunk's gradient is made at a time, where sums over chunks are in fp32.
 const BLOCK_CLASSES: i64 = 16384;
+
+/// Elements that a row of scores is a multiple of.
+const ROW_ALIGNMENT: usize = 64;
 
 /// The loss of contiguous `x` and `weight`, as [`LinearCrossEntropy::forward`].
 pub(super) fn forward(
@@ -53,9 +57,11 @@ pub(super) fn forward(
         // Multiplied in any case: to look whether it is 1 would be to wait.
         let more = dloss.f_div_scalar(expected)?;
         let mut made = args.saved.iter();
-        let mut next = |wanted: bool, size: &[i64]| match if wanted { made.next() } else { None } {
-            Some(grad) => Ok(Some(grad.f_mul(&more)?.f_view(size)?)),
-            None => Ok(None),
+        let mut next = |wanted: bool, size: &[i64]| -> Result<Option<Tensor>, TorchError> {
+            match if wanted { made.next() } else { None } {
+                Some(grad) => Ok(Some(grad.f_mul(&more)?.f_view(size)?)),
+                None => Ok(None),
+            }
         };
         Ok(vec![next(wanted[0], &size)?, next(wanted[1], &[-1, width])?])
     })?;
@@ -74,12 +80,24 @@ struct Head {
     part: Option<ClassPart>,
 }
 
-/// Where a head's sums are.
-struct Sums {
+/// What some rows of a head are for, and where their losses go.
+struct Rows {
+    /// `[rows]`, `i64`.
+    targets: Tensor,
     /// `[rows]`, `f64`.
     losses: Tensor,
     /// `[1]`, `i64`: all bits set, or the first row whose target is no class.
     bad_row: Tensor,
+}
+
+impl Rows {
+    fn narrow(&self, first: i64, count: i64) -> Result<Rows, EngineError> {
+        Ok(Rows {
+            targets: self.targets.f_narrow(0, first, count)?,
+            losses: self.losses.f_narrow(0, first, count)?,
+            bad_row: self.bad_row.shallow_clone(),
+        })
+    }
 }
 
 impl Head {
@@ -90,20 +108,25 @@ impl Head {
     ) -> Result<(Tensor, [Option<Tensor>; 2]), EngineError> {
         let device = self.rows.device();
         let num_rows = self.targets.numel() as i64;
-        let sums = Sums {
+        let all = Rows {
+            targets: self.targets.shallow_clone(),
             losses: Tensor::f_empty([num_rows], (Kind::Double, device))?,
             bad_row: Tensor::f_full([1], -1, (Kind::Int64, device))?,
         };
-        let memory = Tensor::f_empty([self.chunk_rows, self.weight.size()[0]], (self.gpu.kind, device))?;
+        // Rows begin at whole lines of memory, whatever the vocabulary: matrix products are several times slower else.
+        let num_classes = self.weight.size()[0];
+        let stride = (num_classes as usize).max(1).next_multiple_of(ROW_ALIGNMENT) as i64;
+        let memory = Tensor::f_empty([self.chunk_rows, stride], (self.gpu.kind, device))?;
+        let memory = memory.f_narrow(1, 0, num_classes)?;
         let drows = if rows_learn { Some(self.rows.f_empty_like()?) } else { None };
         let mut dweight = None;
         let mut first = 0;
         while first < num_rows {
             let count = self.chunk_rows.min(num_rows - first);
             let rows = self.rows.f_narrow(0, first, count)?;
-            let mut scores = memory.f_narrow(0, 0, count)?;
+            let scores = memory.f_narrow(0, 0, count)?;
             let _ = rows.f_mm_out(&scores, &self.weight.f_tr()?)?;
-            self.losses(&mut scores, first, &sums, rows_learn || weight_learns)?;
+            self.losses(&scores, &all.narrow(first, count)?, rows_learn || weight_learns)?;
             if let Some(drows) = &drows {
                 let _ = scores.f_mm_out(&drows.f_narrow(0, first, count)?, &self.weight)?;
             }
@@ -118,34 +141,28 @@ impl Head {
             None => None,
         };
         let total = Tensor::f_empty([1], (Kind::Double, device))?;
-        let sum = SumInOrder { terms: address(&sums.losses), total: address(&total), numel: num_rows as u64 };
+        let sum = SumInOrder { terms: address(&all.losses), total: address(&total), numel: num_rows as u64 };
         self.gpu.run("cross_entropy", &sum.launch())?;
         let loss = total.f_div_scalar(num_rows as f64)?.f_to_kind(Kind::Float)?.f_squeeze()?;
         Ok((loss, [drows, dweight]))
     }
 
-    /// Writes the losses of the rows from `first` on, and the gradients of their scores in place of the scores.
-    fn losses(
-        &self,
-        scores: &mut Tensor,
-        first: i64,
-        sums: &Sums,
-        is_learning: bool,
-    ) -> Result<(), EngineError> {
-        let (rows, classes) = scores.size2()?;
-        let targets = self.targets.f_narrow(0, first, rows)?;
-        let losses = sums.losses.f_narrow(0, first, rows)?;
+    /// Writes the losses of some rows, and the gradients of their scores in place of the scores.
+    fn losses(&self, scores: &Tensor, rows: &Rows, is_learning: bool) -> Result<(), EngineError> {
         if let Some(part) = &self.part {
-            return part.losses_plain(scores, &targets, &losses, is_learning.then_some(self.scale));
+            return part.losses(&self.gpu, scores, rows, is_learning.then_some(self.scale));
         }
+        let (num_rows, classes) = scores.size2()?;
+        let (logits, stride) = address_of_rows(scores);
         let call = CrossEntropy {
-            logits: address(scores),
-            grad: if is_learning { address(scores) } else { DevicePtr::NULL },
-            targets: address(&targets),
-            losses: address(&losses),
-            bad_row: address(&sums.bad_row),
-            rows: rows as u64,
+            logits,
+            grad: if is_learning { logits } else { DevicePtr::NULL },
+            targets: address(&rows.targets),
+            losses: address(&rows.losses),
+            bad_row: address(&rows.bad_row),
+            rows: num_rows as u64,
             classes: classes as u64,
+            stride,
             scale: self.scale as f32,
         };
         Ok(self.gpu.run("cross_entropy", &call.launch(self.gpu.float))?)
@@ -197,51 +214,56 @@ impl ClassPart {
     ///
     /// # Collective
     /// The tensor-parallel ranks.
-    fn losses_plain(
+    fn losses(
         &self,
-        scores: &mut Tensor,
-        targets: &Tensor,
-        losses: &Tensor,
+        gpu: &OnGpu,
+        scores: &Tensor,
+        rows: &Rows,
         scale: Option<f64>,
     ) -> Result<(), EngineError> {
-        let (rows, classes) = scores.size2()?;
-        let exact = scores.f_to_kind(Kind::Float)?;
-        let local = targets.f_sub_scalar(self.classes.start as i64)?;
-        let is_own = local.f_ge(0)?.f_logical_and(&local.f_lt(classes)?)?;
+        const NAME: &str = "cross_entropy over ranks";
+        let (num_rows, width) = scores.size2()?;
         let float = (Kind::Float, scores.device());
-        let (highest, sum, of_target) = if classes == 0 {
-            let none = Tensor::f_full([rows], f64::NEG_INFINITY, float)?;
-            (none, Tensor::f_zeros([rows], float)?, Tensor::f_zeros([rows], float)?)
-        } else {
-            let highest = exact.f_amax([-1i64].as_slice(), false)?;
-            let sum = exact.f_sub(&highest.f_unsqueeze(1)?)?.f_exp()?;
-            let sum = sum.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
-            let at = local.f_clamp(0, classes - 1)?.f_unsqueeze(1)?;
-            let of_target = exact.f_gather(1, &at, false)?.f_squeeze_dim(1)?;
-            let zero = Tensor::f_zeros([rows], float)?;
-            (highest, sum, of_target.f_where_self(&is_own, &zero)?)
+        let own = Tensor::f_empty([num_rows, 3], float)?;
+        let (logits, stride) = address_of_rows(scores);
+        let partial = SplitPartial {
+            logits,
+            targets: address(&rows.targets),
+            out: address(&own),
+            bad_row: address(&rows.bad_row),
+            rows: num_rows as u64,
+            width: width as u64,
+            stride,
+            first_class: self.classes.start as u64,
+            num_classes: self.num_classes as u64,
         };
-        let own = Tensor::f_stack(&[highest, sum, of_target], 0)?.f_contiguous()?;
-        let degree = self.tensor.degree() as i64;
-        let mut all = Tensor::f_empty([degree, 3, rows], float)?;
+        gpu.run(NAME, &partial.launch(gpu.float))?;
+        let degree = self.tensor.degree();
+        let mut all = Tensor::f_empty([degree as i64, num_rows, 3], float)?;
         self.tensor
             .run(|group| group.all_gather(self.tensor.slice(&own), self.tensor.slice_mut(&mut all)))?;
-        let of_ranks = |which: i64| all.f_select(1, which);
-        let highest = of_ranks(0)?.f_amax([0i64].as_slice(), false)?;
-        let weights = of_ranks(0)?.f_sub(&highest)?.f_exp()?;
-        let sum = of_ranks(1)?.f_mul(&weights)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-        let target = of_ranks(2)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-        let loss = sum.f_log()?.f_add(&highest)?.f_sub(&target)?;
-        let _ = losses.shallow_clone().f_copy_(&loss)?;
-        if let Some(scale) = scale {
-            let mut grad = exact.f_sub(&highest.f_unsqueeze(1)?)?.f_exp()?.f_div(&sum.f_unsqueeze(1)?)?;
-            if classes > 0 {
-                let at = local.f_clamp(0, classes - 1)?.f_unsqueeze(1)?;
-                let less = is_own.f_to_kind(Kind::Float)?.f_neg()?.f_unsqueeze(1)?;
-                let _ = grad.f_scatter_add_(1, &at, &less)?;
-            }
-            scores.f_copy_(&grad.f_mul_scalar(scale)?)?;
-        }
-        Ok(())
+        let row_bytes = SplitCombine::ROW_BYTES as i64;
+        let softmax = Tensor::f_empty([num_rows, row_bytes], (Kind::Uint8, scores.device()))?;
+        let combine = SplitCombine {
+            parts: address(&all),
+            softmax: address(&softmax),
+            losses: address(&rows.losses),
+            num_parts: degree as u64,
+            rows: num_rows as u64,
+        };
+        gpu.run(NAME, &combine.launch())?;
+        let Some(scale) = scale else { return Ok(()) };
+        let gradients = SplitGradients {
+            logits,
+            targets: address(&rows.targets),
+            softmax: address(&softmax),
+            rows: num_rows as u64,
+            width: width as u64,
+            stride,
+            first_class: self.classes.start as u64,
+            num_classes: self.num_classes as u64,
+            scale: scale as f32,
+        };
+        Ok(gpu.run(NAME, &gradients.launch(gpu.float))?)
     }
 }

@@ -220,9 +220,9 @@ impl SwigluBackward {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct CrossEntropy {
-    /// `[rows, classes]`.
+    /// `[rows, classes]`, rows [`stride`](Self::stride) apart.
     pub logits: DevicePtr,
-    /// `[rows, classes]`, written; may be `logits`; none for the loss only.
+    /// As `logits`, written; may be `logits`; none for the loss only.
     pub grad: DevicePtr,
     /// `[rows]` of `i64`.
     pub targets: DevicePtr,
@@ -234,6 +234,8 @@ pub struct CrossEntropy {
     pub rows: u64,
     /// Classes.
     pub classes: u64,
+    /// Elements from a row of logits to the next, at least `classes`. A multiple of 16 bytes is fast, whatever the number of classes.
+    pub stride: u64,
     /// Of gradients.
     pub scale: f32,
 }

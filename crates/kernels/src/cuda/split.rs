@@ -33,6 +33,8 @@ pub struct SplitPartial {
     pub rows: u64,
     /// Classes that this device has; maybe none.
     pub width: u64,
+    /// Elements from a row to the next, at least `width`.
+    pub stride: u64,
     /// The first of them.
     pub first_class: u64,
     /// Classes of the whole.
@@ -88,6 +90,8 @@ pub struct SplitGradients {
     pub rows: u64,
     /// Classes that this device has.
     pub width: u64,
+    /// Elements from a row to the next, at least `width`.
+    pub stride: u64,
     /// The first of them.
     pub first_class: u64,
     /// Classes of the whole.

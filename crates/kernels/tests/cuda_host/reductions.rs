@@ -197,6 +197,7 @@ fn softmax_rows<T: Float>(
             bad_row: bad_row.ptr(),
             rows: rows as u64,
             classes: (logits.len() / rows) as u64,
+            stride: (logits.len() / rows) as u64,
             scale: SCALE,
         };
         host().launch(&call.launch(T::TYPE), order);
@@ -243,6 +244,41 @@ fn cross_entropy_is_the_cpus_but_for_the_order_of_sums() {
     check_cross_entropy::<f32>();
     check_cross_entropy::<bf16>();
     check_cross_entropy::<f16>();
+}
+
+#[test]
+fn rows_may_stand_apart() {
+    const CLASSES: usize = 1003;
+    const STRIDE: usize = 1024;
+    let logits: Vec<bf16> = Random(12).numbers(3 * CLASSES, 4.0);
+    let targets = [5i64, 1002, 77];
+    let (losses, grad, _) = softmax_rows(&logits, &targets, Gradient::InPlace, 0);
+    let gap = bf16::from_f32(1e9);
+    let apart = |rows: &[bf16]| -> Vec<bf16> {
+        let padded =
+            rows.chunks_exact(CLASSES).flat_map(|row| row.iter().copied().chain([gap; STRIDE - CLASSES]));
+        padded.collect()
+    };
+    let got = in_both_orders(|order| {
+        let (mut x, mut targets) = (Device::new(&apart(&logits), 0), Device::new(&targets, 0));
+        let (mut losses, mut bad_row) = (Device::new(&[0f64; 3], 0), Device::new(&[u64::MAX], 0));
+        let call = CrossEntropy {
+            logits: x.ptr(),
+            grad: x.ptr(),
+            targets: targets.ptr(),
+            losses: losses.ptr(),
+            bad_row: bad_row.ptr(),
+            rows: 3,
+            classes: CLASSES as u64,
+            stride: STRIDE as u64,
+            scale: SCALE,
+        };
+        host().launch(&call.launch(FloatType::Bf16), order);
+        (losses.get(), x.get())
+    });
+    // Vectors are read where the first rows had none: sums differ in their order.
+    assert_close(&got.1, &apart(&grad), "rows apart");
+    assert!(got.0.iter().zip(&losses).all(|(a, b)| (a - b).abs() <= f64::from(SUM_ORDER)), "{got:?}");
 }
 
 #[test]

@@ -48,6 +48,7 @@ impl<T: Float> Case<T> {
                 bad_row: bad_row.ptr(),
                 rows: self.rows(),
                 width: classes.len() as u64,
+                stride: classes.len() as u64,
                 first_class: classes.start as u64,
                 num_classes: self.num_classes as u64,
             };
@@ -92,6 +93,7 @@ impl<T: Float> Case<T> {
                 softmax: softmax.ptr(),
                 rows: self.rows(),
                 width: classes.len() as u64,
+                stride: classes.len() as u64,
                 first_class: classes.start as u64,
                 num_classes: self.num_classes as u64,
                 scale: SCALE,
