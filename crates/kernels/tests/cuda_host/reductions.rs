@@ -4,7 +4,8 @@
 use half::{bf16, f16};
 use shardwise_device::{Element, Slice};
 use shardwise_kernels::cuda::{
-    CrossEntropy, DevicePtr, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, SumInOrder, SumOfSquares,
+    CrossEntropy, DevicePtr, FloatType, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, SumInOrder,
+    SumOfSquares,
 };
 use shardwise_kernels::norm::{self, BLOCK_NUMEL};
 use shardwise_kernels::{Threads, cross_entropy, rms_norm};
