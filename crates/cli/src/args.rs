@@ -103,6 +103,7 @@ Examples:
   shardwise plan run.toml -n 4
   shardwise plan run.toml -n 64 --set deepspeed.zero_optimization.stage=3
   shardwise plan run.toml -n 4 --pipeline 4 --schedule zero-bubble --svg timeline.svg
+  shardwise plan run.toml --set device=cuda --device-memory 16GB --host-memory 128GB --largest
   shardwise plan run.toml --ranks 1024 --device-memory 80GB --flops 400T --link 25GB/s --intra-link 300GB/s
 
 Reads the run file and the model's config.json; data and weights need not be at hand.")]
@@ -290,6 +291,8 @@ mod tests {
             "shardwise plan r.toml -n 4 --pipeline 4 --schedule --svg t.svg",
             "shardwise plan r.toml -n 4 --pipeline 4 --schedule interleaved:3 --micro-batches 8 --cut pattern:*.h.*",
             "shardwise plan r.toml --ranks 1024 --device-memory 80GB --flops 400T --link 25GB/s --intra-link 300GB/s",
+            "shardwise plan r.toml --device-memory 16GB --host-memory 128GB",
+            "shardwise plan r.toml --device-memory 16GB --largest --json",
             "shardwise inspect d",
             "shardwise verify d",
             "shardwise export d e --dtype fp16 --max-shard-size 2GiB",
@@ -309,6 +312,9 @@ mod tests {
             "shardwise train r.json --set =value",
             "shardwise plan r.json --svg t.svg",
             "shardwise plan r.json --flops 400T",
+            "shardwise plan r.json --host-memory 128GB",
+            "shardwise plan r.json --largest",
+            "shardwise plan r.json --largest --device-memory 16GB --schedule",
             "shardwise plan r.json --schedule 2f2b",
             "shardwise plan r.json --device-memory lots",
             "shardwise plan r.json --schedule --device-memory 80GB --svg t.svg",

@@ -1,6 +1,7 @@
 //! `shardwise plan`: what a run needs, before anything is allocated.
 
 pub mod args;
+mod gpus;
 mod groups;
 mod quantity;
 mod schedule;
@@ -13,13 +14,14 @@ use std::ops::Range;
 use anyhow::Context;
 use serde::Serialize;
 use shardwise_monitor::format_count;
-use shardwise_plan::run::{RunPlan, RunShape};
+use shardwise_plan::run::{Limits, RunPlan, RunShape};
 use shardwise_plan::traffic::{AxisTraffic, Traffic};
 use shardwise_plan::zoo::SequenceParallel;
-use shardwise_plan::{Axis, Bytes, Overlap, UnitLayout, ZeroStage};
+use shardwise_plan::{Axis, Bytes, Device, Overlap, UnitLayout, ZeroStage};
 
 use crate::args::PlanArgs;
 use crate::console::UsageError;
+use crate::plan::gpus::Largest;
 use crate::plan::schedule::Timeline;
 use crate::plan::search::Answer;
 use crate::{Exit, console, run_file};
@@ -29,9 +31,26 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<Exit> {
     let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let config = run_file::load(&args.run)?.config;
     let plan = config.plan(num_cores)?;
-    let text = if let Some(device_memory) = args.search.device_memory {
+    let limits = gpus::limits(&plan, &args.search)?;
+    let text = if let (Some(limits), true) = (limits, args.search.largest) {
+        let largest = Largest::new(&plan, limits)?;
+        if args.json { pretty(&largest.json())? } else { largest.describe() }
+    } else if let Some(device_memory) = args.search.device_memory {
         let answer = Answer::new(&config, &plan, device_memory, &args.pipeline, &args.search);
-        if args.json { pretty(&answer.json())? } else { answer.describe(args.search.top as usize) }
+        if args.json {
+            let mut json = answer.json();
+            if let Some(limits) = &limits {
+                json["run"] = gpus::verdict_json(&plan, limits);
+            }
+            pretty(&json)?
+        } else {
+            // What the run file says comes before what it could say.
+            let of_run = |limits: &Limits| {
+                let verdict = gpus::verdict(&plan, limits);
+                format!("{}\n{verdict}\n{}\n", headlines(&plan), gpus::choices(&plan, Some(limits)))
+            };
+            limits.as_ref().map(of_run).unwrap_or_default() + &answer.describe(args.search.top as usize)
+        }
     } else if let Some(named) = args.pipeline.schedule {
         let kind = named.unwrap_or(config.parallel.schedule);
         let timeline = Timeline::new(&plan.shape, config.batch.global_batch_size, kind, &args.pipeline)?;
@@ -53,7 +72,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<Exit> {
     } else if args.json {
         pretty(&plan)?
     } else {
-        describe(&plan)
+        describe(&plan, gpus::limit_of_run(&plan, config.cuda.memory_limit).as_ref())
     };
     console::print_result(&text)?;
     Ok(Exit::Done)
@@ -63,7 +82,7 @@ fn pretty(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
-fn describe(plan: &RunPlan) -> String {
+fn describe(plan: &RunPlan, limits: Option<&Limits>) -> String {
     let zero = plan.shape.stage;
     let fullest = plan.fullest();
     let mut text = headlines(plan);
@@ -82,6 +101,11 @@ fn describe(plan: &RunPlan) -> String {
     };
     text += &format!("\n{}\n", unit_table(&fullest.units));
     text += &format!("memory of each rank{of_stage}, ZeRO stage {zero}\n{}\n", indented(plan.memory()));
+    if plan.shape.device != Device::Cpu {
+        let verdict = limits.map(|limits| format!("\n{}", gpus::verdict(plan, limits)));
+        text += &format!("{}\n{}", verdict.unwrap_or_default(), gpus::choices(plan, limits));
+        return text + "\n" + &sent(plan);
+    }
     text += "\npeak in the other stages\n";
     for other in ZeroStage::ALL.into_iter().filter(|other| *other != zero) {
         let peak = plan.stages.iter().map(|plan| plan.memory_in(other).peak).max().unwrap_or_default();
@@ -166,6 +190,9 @@ fn headlines(plan: &RunPlan) -> String {
     );
     if let Some(schedule) = plan.shape.schedule {
         text += &format!("pipe   {schedule}, stages cut by {}\n", plan.shape.stage_cut);
+    }
+    if let Device::Cuda(cuda) = plan.shape.device {
+        text += &format!("gpu    offloaded to the host: {}\n", cuda.offload.describe());
     }
     if plan.shape.sequence == SequenceParallel::On {
         text += "tensor tokens are split between linear layers\n";

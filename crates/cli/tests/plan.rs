@@ -260,6 +260,98 @@ fn a_trillion_parameters_on_1024_ranks_have_layouts() {
     assert!(shown.contains("  tensor 64 and 4 more: the `160` heads"), "{shown}");
 }
 
+/// The numbers of a line that begins with `words`.
+fn line<'a>(shown: &'a str, words: &str) -> Vec<&'a str> {
+    let line = shown.lines().find(|line| line.trim_start().starts_with(words));
+    line.unwrap_or_else(|| panic!("no `{words}` in\n{shown}")).trim_start()[words.len()..]
+        .split("  ")
+        .map(str::trim)
+        .filter(|cell| !cell.is_empty())
+        .collect()
+}
+
+const ON_GPU: [&str; 4] = ["--set", "device=cuda", "--set", "deepspeed.zero_optimization.stage=3"];
+const OFFLOAD_ALL: [&str; 4] = [
+    "--set",
+    "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+    "--set",
+    "deepspeed.zero_optimization.offload_param.device=cpu",
+];
+
+#[test]
+fn memory_of_a_gpu_and_of_the_host_beside_it() {
+    let shown = text(&plan(RUN, &[&ON_GPU[..], &OFFLOAD_ALL].concat()).stdout);
+    assert!(shown.contains("gpu    offloaded to the host: optimizer and parameters\n"), "{shown}");
+    // 34 million parameters at 2, 4, 8 and 4 bytes.
+    assert_eq!(line(&shown, "parameters "), ["-", "65.0 MiB"]);
+    assert_eq!(line(&shown, "master parameters"), ["-", "130 MiB"]);
+    assert_eq!(line(&shown, "optimizer states"), ["-", "260 MiB"]);
+    assert_eq!(line(&shown, "gradients "), ["-", "130 MiB"]);
+    assert_eq!(line(&shown, "gathered parameters"), ["16.0 MiB", "-"]);
+    assert_eq!(line(&shown, "libraries and program"), ["1.00 GiB", "1.00 GiB"]);
+    // Each stage without offload and with, and all of it in stage 3.
+    let choices = shown.split("each rank at its fullest\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    assert_eq!(choices.lines().count(), 1 + 9, "{choices}");
+    let limited = text(&plan(RUN, &[&ON_GPU[..], &["--set", "cuda.memory_limit=1.2GB"]].concat()).stdout);
+    assert!(line(&limited, "device ")[0].ends_with(" over; libraries and program: 1.00 GiB"), "{limited}");
+
+    let json = plan(RUN, &[&ON_GPU[..], &OFFLOAD_ALL, &["--json"]].concat());
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    let memory = &json["stages"][0]["memory"][3];
+    assert_eq!((memory["params"].as_u64(), memory["optimizer"].as_u64()), (Some(0), Some(0)));
+    let params = json["num_params"].as_u64().unwrap();
+    assert_eq!(memory["host"]["optimizer"].as_u64(), Some(8 * params));
+    assert_eq!(memory["host"]["offload"], serde_json::json!({"optimizer": "host", "params": "host"}));
+    assert_eq!(json["stages"][0]["choices"].as_array().unwrap().len(), 9);
+    assert_eq!(json["device"]["cuda"]["collectives"], "auto");
+}
+
+#[test]
+fn a_run_on_gpus_is_held_to_their_memory() {
+    let args = [&ON_GPU[..], &["--device-memory", "1.5GB", "--host-memory", "16GB", "--top", "2"]].concat();
+    let shown = text(&plan(RUN, &args).stdout);
+    assert!(shown.contains("does it fit? ZeRO stage 3, offloaded: nothing\n"), "{shown}");
+    assert!(
+        line(&shown, "device ")[0].contains(" over; optimizer states: 260 MiB")
+            || line(&shown, "device ")[0].contains(" over; libraries"),
+        "{shown}"
+    );
+    assert!(line(&shown, "host ")[0].ends_with("of 14.9 GiB: fits"), "{shown}");
+    assert!(shown.contains(" layouts fit, fastest first\n") || shown.contains("none of "), "{shown}");
+    let json: Value = serde_json::from_slice(&plan(RUN, &[&args[..], &["--json"]].concat()).stdout).unwrap();
+    assert_eq!(json["run"]["fits"], false);
+    assert!(json["run"]["excess"]["device"].as_u64() > Some(0) && json["run"]["excess"]["host"] == 0);
+}
+
+#[test]
+fn the_largest_model_by_what_is_offloaded() {
+    let args = [&ON_GPU[..], &["--device-memory", "4GB", "--host-memory", "64GB", "--largest"]].concat();
+    let recompute = [&args[..], &["--set", "activations.policy=recompute"]].concat();
+    let json: Value =
+        serde_json::from_slice(&plan(RUN, &[&recompute[..], &["--json"]].concat()).stdout).unwrap();
+    let params: Vec<u64> =
+        (0..3).map(|i| json["largest"][i]["largest"]["num_params"].as_u64().unwrap()).collect();
+    assert!(params[1] > 5 * params[0] && params[2] > 8 * params[0], "{params:?}");
+    // 18 bytes of state, and process and buffers.
+    let host = json["largest"][2]["largest"]["host_bytes_per_param"].as_f64().unwrap();
+    assert!((18.0..19.0).contains(&host), "{host}");
+    let shown = text(&plan(RUN, &recompute).stdout);
+    assert_eq!(line(&shown, "nothing").last(), Some(&"1.0"), "{shown}");
+    let none = text(&plan(RUN, &[&ON_GPU[..], &["--device-memory", "1GB", "--largest"]].concat()).stdout);
+    assert_eq!(line(&none, "nothing").last(), Some(&"none fits"), "{none}");
+    for args in
+        [&["--device-memory", "1GB", "--largest"][..], &["--device-memory", "1GB", "--host-memory", "1GB"]]
+    {
+        let output = plan(RUN, args);
+        let says = text(&output.stderr);
+        assert!(
+            says.contains("is about memory beside GPUs, and the run's `device` is `cpu`\nhint: "),
+            "{says}"
+        );
+        assert_eq!(output.status.code(), Some(2));
+    }
+}
+
 #[test]
 fn pipelines_that_cannot_be_are_bad_usage() {
     for (args, expected) in [

@@ -36,9 +36,16 @@ pub struct PipelineArgs {
 
 #[derive(Debug, Clone, Args)]
 pub struct SearchArgs {
-    /// List the layouts of all ranks that fit devices of this size, fastest first, as in `--device-memory 80GB`
+    /// List the layouts of all ranks that fit devices of this size, fastest first, as in `--device-memory 80GB`; for a run on GPUs
+    /// say first whether it fits as it is
     #[arg(long, value_name = "BYTES", value_parser = quantity::bytes, help_heading = SEARCH)]
     pub device_memory: Option<Bytes>,
+    /// Memory of each host, for a run on GPUs
+    #[arg(long, value_name = "BYTES", value_parser = quantity::bytes, requires = "device_memory", help_heading = SEARCH)]
+    pub host_memory: Option<Bytes>,
+    /// For a run on GPUs, instead: the most layers of its model that fit, by what is offloaded
+    #[arg(long, requires = "device_memory", conflicts_with_all = ["schedule", "pipeline", "tensor", "cut"], help_heading = SEARCH)]
+    pub largest: bool,
     /// Memory of each device that is not for the plan to give
     #[arg(long, value_name = "BYTES", value_parser = quantity::bytes, default_value = "1GiB", requires = "device_memory", help_heading = SEARCH)]
     pub reserve: Bytes,

@@ -48,6 +48,8 @@ impl Answer {
             global_batch: config.batch.global_batch_size,
             micro_batch: shape.micro_batch,
             compute_bytes: shape.compute_bytes,
+            device: shape.device,
+            grouped_queries: shape.grouped_queries(),
             head_chunk_rows: shape.head_chunk_rows,
             widths: StateWidths::new(shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes),
             frozen: shape.frozen.clone(),

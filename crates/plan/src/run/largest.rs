@@ -33,6 +33,11 @@ pub struct Excess {
 }
 
 impl Excess {
+    /// The larger of two, of each memory.
+    pub fn max(self, other: Excess) -> Excess {
+        Excess { device: self.device.max(other.device), host: self.host.max(other.host) }
+    }
+
     /// Whether nothing is.
     pub fn is_none(self) -> bool {
         self == Excess::default()
@@ -61,9 +66,15 @@ impl Limits {
 }
 
 impl RunPlan {
+    /// What is missing for ranks of any stage, at most.
+    pub fn excess(&self, limits: &Limits) -> Excess {
+        let of_stage = self.stages.iter().map(|stage| limits.excess(stage.memory_in(self.shape.stage)));
+        of_stage.fold(Excess::default(), Excess::max)
+    }
+
     /// Whether ranks of every stage fit.
     pub fn fits(&self, limits: &Limits) -> bool {
-        self.stages.iter().all(|stage| limits.excess(stage.memory_in(self.shape.stage)).is_none())
+        self.excess(limits).is_none()
     }
 }
 

@@ -13,7 +13,7 @@
 
 use shardwise_device::DType;
 use shardwise_plan::layout::ALIGNMENT;
-use shardwise_plan::memory::{ModelState, STAGING, StateWidths};
+use shardwise_plan::memory::{ModelState, PIECE, STAGING, StateWidths};
 use shardwise_plan::traffic::Traffic;
 use shardwise_plan::{Bytes, ZeroStage};
 use shardwise_zero::{Overlap, StateBytes, ZeroOptions};
@@ -166,4 +166,5 @@ fn the_pool_is_in_a_steady_state_after_two_steps() {
 fn the_plan_knows_how_much_ranks_show_each_other() {
     let slot_bytes = shardwise_comm::Options::default().slot_bytes as u64;
     assert_eq!(STAGING, Bytes(4 * slot_bytes));
+    assert_eq!(PIECE, Bytes(shardwise_comm::staged::PIECE_BYTES as u64));
 }

@@ -16,7 +16,8 @@ use shardwise_fake_gpu::{ALL_WAYS, Eagerness, FakeGpu};
 use shardwise_kernels::Processor;
 use shardwise_kernels::optimizer::Direction;
 use shardwise_kernels::processor::{GpuProcessor, Piece};
-use shardwise_plan::ZeroStage;
+use shardwise_plan::memory::{Calls, MemoryPlan, ModelState, StateWidths, Workload, Written};
+use shardwise_plan::{Bytes, Cuda, Device, OffloadTo, UnitLayout, ZeroStage};
 use shardwise_zero::{
     AdagradOptions, BiasCorrection, LambOptions, LionOptions, LossScaling, MuonOptions, Offload, Optimizer,
     Overlap, ReductionOptions, SgdOptions, StatePrecision, Tier, Zero, ZeroError, ZeroOptions,
@@ -376,5 +377,104 @@ fn what_offloading_cannot_do_is_refused() {
             "`offload.optimizer` is `device`, expected `host` for Muon, whose matrix products have no kernels for GPUs: \
              offload the optimizer, in stage 1 or above where there are several ranks"
         );
+    }
+}
+
+fn planned(offload: Offload) -> shardwise_plan::Offload {
+    let to = |tier| if tier == Tier::Host { OffloadTo::Host } else { OffloadTo::Device };
+    shardwise_plan::Offload { optimizer: to(offload.optimizer), params: to(offload.params) }
+}
+
+/// What a plan says of these options on GPUs, without layers.
+fn plan(layouts: &[UnitLayout], options: &ZeroOptions) -> MemoryPlan {
+    let load = Workload {
+        units: layouts,
+        layers: &[],
+        flow: None,
+        device: Device::Cuda(Cuda { offload: planned(options.offload), ..Cuda::default() }),
+        calls: Calls::default(),
+        num_groups: 0,
+        compute_bytes: options.compute.size_bytes(),
+        widths: StateWidths::adamw(options.compute.size_bytes()),
+        microbatch_tokens: 0,
+        grad_accum_steps: options.grad_accum_steps,
+        overlap: options.overlap,
+        written: Written::default(),
+    };
+    MemoryPlan::new(&load, options.stage)
+}
+
+/// A driver that pins what the plan counts, and no more, lets state be born and trained; with a byte less it is not born.
+#[test]
+fn the_plan_knows_how_much_memory_is_pinned() {
+    for (stage, offload) in [
+        (ZeroStage::Zero, ON_HOST),
+        (ZeroStage::Three, ON_HOST),
+        (ZeroStage::Three, ALL_ON_HOST),
+        (ZeroStage::Three, PARAMS_ON_HOST),
+    ] {
+        for (compute, accum) in [(DType::F32, 1), (DType::Bf16, 1), (DType::Bf16, 3)] {
+            let options = ZeroOptions { offload, grad_accum_steps: accum, ..options(stage, compute) };
+            let what = format!("{stage}, {offload:?}, {compute}, {accum}");
+            let host = plan(&model().layouts(1), &options).host.unwrap();
+            let is_born = |limit: u64| {
+                let fake = FakeGpu::lazy();
+                fake.set_pinned_limit(limit as usize);
+                let gpu = fake.gpu();
+                let options = ZeroOptions { gpu: Some(fake.processor(&gpu)), ..options.clone() };
+                Zero::new(model().layouts(1), options, solo(), &mut crate::harness::fill).is_ok()
+            };
+            let state = host.state.total();
+            assert!(is_born(state.0), "{what}");
+            assert!(!is_born(state.0 - 1), "{what}");
+            let fake = FakeGpu::new(ALL_WAYS[1]);
+            fake.set_pinned_limit((state + host.reductions + host.transfers).0 as usize);
+            train(&fake, &fake.gpu(), &options, solo());
+            fake.assert_clean();
+        }
+    }
+}
+
+#[test]
+fn the_plan_counts_each_kind_of_state() {
+    for num_ranks in [1, 2] {
+        for (stage, offload) in [
+            (ZeroStage::One, Offload::default()),
+            (ZeroStage::Two, ON_HOST),
+            (ZeroStage::Three, ON_HOST),
+            (ZeroStage::Three, ALL_ON_HOST),
+            (ZeroStage::Three, PARAMS_ON_HOST),
+        ] {
+            for compute in [DType::F32, DType::Bf16] {
+                let options = ZeroOptions { offload, ..options(stage, compute) };
+                let fake = FakeGpu::lazy();
+                let found = thread::run(num_ranks, |group| {
+                    let (gpu, is_alone) = (fake.gpu(), group.group_size() == 1);
+                    let processor = fake.processor(&gpu);
+                    let group = match is_alone {
+                        true => group,
+                        false => Staged::new(group, &gpu, processor.stream().clone()).unwrap(),
+                    };
+                    model()
+                        .zero(&ZeroOptions { gpu: Some(processor), ..options.clone() }, group)
+                        .state_bytes()
+                });
+                let layouts = model().layouts(num_ranks);
+                let widths = StateWidths::adamw(compute.size_bytes());
+                let (device, host) = ModelState::on_gpu(&layouts, stage, 1, widths, planned(offload));
+                let both = [
+                    device.params + host.params,
+                    device.master_params + host.master_params,
+                    device.optimizer + host.optimizer,
+                    device.grads + host.grads,
+                ];
+                for bytes in found {
+                    let found = [bytes.params, bytes.master_params, bytes.optimizer, bytes.grads];
+                    let found = found.map(|bytes| Bytes(bytes as u64));
+                    assert_eq!(found, both, "{num_ranks} ranks, {stage}, {offload:?}, {compute}");
+                }
+                fake.assert_clean();
+            }
+        }
     }
 }
