@@ -35,7 +35,8 @@ impl SumOfSquares {
     /// The call for elements of type `x`.
     pub fn launch(self, x: FloatType) -> Launch<Self> {
         // A warp for each: alone in its block, so that a few hundred reach all of a device.
-        let plan = LaunchPlan { grid: at_most(Self::num_sums(self.numel), 1 << 20), block: 32, shared_bytes: 0 };
+        let plan =
+            LaunchPlan { grid: at_most(Self::num_sums(self.numel), 1 << 20), block: 32, shared_bytes: 0 };
         Launch::new(Source::Norm, x.pick(SUM_OF_SQUARES), plan, self)
     }
 }
