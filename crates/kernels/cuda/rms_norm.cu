@@ -1,4 +1,5 @@
-// Root-mean-square normalization of rows, as in src/rms_norm.rs, which has the formulas. A block of threads takes a row.
+// Root-mean-square normalization of rows, alone or of a sum, as in src/rms_norm.rs and src/rms_norm/fused.rs, which have the formulas.
+// A block of threads takes a row.
 //
 // Sums over a row are a thread's own elements in order, then the block's tree, so they differ from the CPU's in rounding.
 #include "numbers.cuh"
@@ -15,19 +16,40 @@ struct RmsNormForward {
     float eps;
 };
 
+// Of a sum, rounded as if it was made apart.
 template <class T>
-__device__ __forceinline__ void forward(const RmsNormForward<T>& p) {
+struct AddRmsNormForward {
+    const T* x;
+    const T* residual;
+    T* sum;
+    const T* weight;
+    T* out;
+    float* inv_rms;
+    u64 rows;
+    u64 width;
+    float eps;
+};
+
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+    return widen(round_to<T>(x));
+}
+
+// Normalizes the rows of `xs`. `take` reads elements of them, and may be what makes them.
+template <class T, class Params, class Take>
+__device__ __forceinline__ void normalize(const Params& p, const T* xs, bool aligned_too, Take take) {
     SHARED(Sum, scratch, [WARP]);
     constexpr int V = VECTOR<T>;
-    const bool vectors = p.width % V == 0 && aligned<V>(p.x) && aligned<V>(p.weight) && aligned<V>(p.out);
+    const bool vectors =
+        aligned_too && p.width % V == 0 && aligned<V>(xs) && aligned<V>(p.weight) && aligned<V>(p.out);
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const T* x = p.x + row * p.width;
+        const T* x = xs + row * p.width;
         T* out = p.out + row * p.width;
         float squares = 0.0f;
         for_each_in_block<V>(p.width, vectors, [&](auto lanes, u64 at) {
             constexpr int N = decltype(lanes)::COUNT;
             float some[N];
-            load(x + at, some);
+            take(row * p.width + at, some);
             UNROLL
             for (int k = 0; k < N; k++) squares = fmaf(some[k], some[k], squares);
         });
@@ -47,6 +69,27 @@ __device__ __forceinline__ void forward(const RmsNormForward<T>& p) {
 }
 
 template <class T>
+__device__ __forceinline__ void forward(const RmsNormForward<T>& p) {
+    normalize(p, p.x, true, [&](u64 at, auto& some) { load(p.x + at, some); });
+}
+
+template <class T>
+__device__ __forceinline__ void forward(const AddRmsNormForward<T>& p) {
+    constexpr int V = VECTOR<T>;
+    const T* sums = p.sum;
+    // A thread reads again only what it has written itself.
+    normalize(p, sums, aligned<V>(p.x) && aligned<V>(p.residual), [&](u64 at, auto& some) {
+        constexpr int N = sizeof(some) / sizeof(float);
+        float addend[N];
+        load(p.x + at, some);
+        load(p.residual + at, addend);
+        UNROLL
+        for (int k = 0; k < N; k++) some[k] = rounded<T>(some[k] + addend[k]);
+        store(p.sum + at, some);
+    });
+}
+
+template <class T>
 struct RmsNormBackward {
     const T* x;
     const T* weight;
@@ -59,15 +102,23 @@ struct RmsNormBackward {
     u64 width;
 };
 
+// Of a sum, `x`, which is used elsewhere too: `dsum` is its gradient from there.
+template <class T>
+struct AddRmsNormBackward : RmsNormBackward<T> {
+    const T* dsum;
+};
+
 // Rows up to here have their sums in shared memory (cuda/layers.rs asks for it), others in global memory.
 constexpr u64 MAX_SHARED_WIDTH = 10240;
 
-template <class T>
-__device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
+// `finish` sees gradients before they are stored.
+template <class T, class Finish>
+__device__ __forceinline__ void gradients(const RmsNormBackward<T>& p, bool aligned_too, Finish finish) {
     SHARED(Sum, scratch, [WARP]);
     DYNAMIC_SHARED(float, shared_dweight);
     constexpr int V = VECTOR<T>;
-    const bool vectors = p.width % V == 0 && aligned<V>(p.x) && aligned<V>(p.weight) && aligned<V>(p.dy) && aligned<V>(p.dx);
+    const bool vectors = aligned_too && p.width % V == 0 && aligned<V>(p.x) && aligned<V>(p.weight) && aligned<V>(p.dy) &&
+                         aligned<V>(p.dx);
     float* partial = p.partial_dweight + blockIdx.x * p.width;
     // A thread has the same columns in each row, so nobody else touches its part of the sums.
     const bool in_shared = p.width <= MAX_SHARED_WIDTH;
@@ -111,6 +162,7 @@ __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
                 float& sum = dweight[place(lanes, at, k)];
                 sum = fmaf(dy_[k] * factor, x_[k], sum);
             }
+            finish(row * p.width + at, dx_);
             store(dx + at, dx_);
         });
     }
@@ -120,6 +172,22 @@ __device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
             for (int k = 0; k < decltype(lanes)::COUNT; k++) partial[at + k] = dweight[place(lanes, at, k)];
         });
     }
+}
+
+template <class T>
+__device__ __forceinline__ void backward(const RmsNormBackward<T>& p) {
+    gradients(p, true, [](u64, auto&) {});
+}
+
+template <class T>
+__device__ __forceinline__ void backward(const AddRmsNormBackward<T>& p) {
+    gradients(p, aligned<VECTOR<T>>(p.dsum), [&](u64 at, auto& dx) {
+        constexpr int N = sizeof(dx) / sizeof(float);
+        float dsum[N];
+        load(p.dsum + at, dsum);
+        UNROLL
+        for (int k = 0; k < N; k++) dx[k] = dsum[k] + rounded<T>(dx[k]);
+    });
 }
 
 struct RmsNormWeightGrad {
@@ -163,3 +231,9 @@ KERNEL(rms_norm_forward_f16, RmsNormForward<f16>) { forward(p); }
 KERNEL(rms_norm_backward_f32, RmsNormBackward<float>) { backward(p); }
 KERNEL(rms_norm_backward_bf16, RmsNormBackward<bf16>) { backward(p); }
 KERNEL(rms_norm_backward_f16, RmsNormBackward<f16>) { backward(p); }
+KERNEL(add_rms_norm_forward_f32, AddRmsNormForward<float>) { forward(p); }
+KERNEL(add_rms_norm_forward_bf16, AddRmsNormForward<bf16>) { forward(p); }
+KERNEL(add_rms_norm_forward_f16, AddRmsNormForward<f16>) { forward(p); }
+KERNEL(add_rms_norm_backward_f32, AddRmsNormBackward<float>) { backward(p); }
+KERNEL(add_rms_norm_backward_bf16, AddRmsNormBackward<bf16>) { backward(p); }
+KERNEL(add_rms_norm_backward_f16, AddRmsNormBackward<f16>) { backward(p); }

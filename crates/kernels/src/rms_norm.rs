@@ -10,6 +10,8 @@
 //! number of rows: within a block row by row, then block by block. So neither the instruction set nor the number of
 //! threads changes a bit.
 //!
+//! [`fused`] adds a residual on the way.
+//!
 //! # Source
 //! "Root Mean Square Layer Normalization" (arXiv:1910.07467).
 
@@ -283,6 +285,8 @@ impl<T: Float> Each for BackwardRow<'_, T> {
         }
     }
 }
+
+pub mod fused;
 
 #[cfg(test)]
 mod tests;

@@ -40,7 +40,8 @@ pub use error::{Attempt, CudaKernelError};
 pub use lamb::{LambApply, LambApplyBuffers, LambMomentBuffers, LambMoments, LambNorms, LambRowSums};
 pub use launch::{DevicePtr, Entry, FloatType, Launch, LaunchPlan, Params};
 pub use layers::{
-    CrossEntropy, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, Rotate, SwigluBackward, SwigluForward,
+    AddRmsNormBackward, AddRmsNormForward, CrossEntropy, RmsNormBackward, RmsNormForward, RmsNormWeightGrad,
+    Rotate, SwigluBackward, SwigluForward,
 };
 pub use norm::{SumInOrder, SumOfSquares};
 pub use nvrtc::{Arch, Compiled, Nvrtc, Version};

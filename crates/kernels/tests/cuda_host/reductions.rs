@@ -4,8 +4,13 @@
 use half::{bf16, f16};
 use shardwise_device::{Element, Slice};
 use shardwise_kernels::cuda::{
+<<<<<<< HEAD
     CrossEntropy, DevicePtr, FloatType, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, SumInOrder,
     SumOfSquares,
+=======
+    AddRmsNormBackward, AddRmsNormForward, CrossEntropy, DevicePtr, RmsNormBackward, RmsNormForward,
+    RmsNormWeightGrad, SumInOrder, SumOfSquares,
+>>>>>>> w/kern
 };
 use shardwise_kernels::norm::{self, BLOCK_NUMEL};
 use shardwise_kernels::{Threads, cross_entropy, rms_norm};
@@ -162,6 +167,84 @@ fn rms_norm_is_the_cpus_but_for_the_order_of_sums() {
     check_rms_norm::<f32>();
     check_rms_norm::<bf16>();
     check_rms_norm::<f16>();
+}
+
+fn check_add_rms_norm<T: Float>() {
+    const EPS: f32 = 1e-5;
+    let mut random = Random(16);
+    for (rows, width, offset) in [(0, 8, 0), (3, 7, 0), (5, 64, 1), (4, 768, 0), (2, 10_248, 0), (520, 72, 0)]
+    {
+        let [x, residual, dy, dsum]: [Vec<T>; 4] = std::array::from_fn(|_| random.numbers(rows * width, 3.0));
+        let weight: Vec<T> = random.numbers(width, 2.0);
+        let zeros = vec![T::round(0.0); x.len()];
+        let what = format!("{rows} rows of {width}");
+        let (rows_, width_) = (rows as u64, width as u64);
+        let (mut sum, mut out, mut inv_rms) = (zeros.clone(), zeros.clone(), vec![0f32; rows]);
+        rms_norm::fused::forward(Threads::ONE, &x, &residual, &weight, EPS, &mut sum, &mut out, &mut inv_rms);
+        let (got_sum, got_out, got_inv_rms) = in_both_orders(|order| {
+            // The sum in the residual's place.
+            let (mut x, mut sum) = (Device::new(&x, offset), Device::new(&residual, offset));
+            let (mut weight, mut out) = (Device::new(&weight, 0), Device::new(&zeros, offset));
+            let mut inv_rms = Device::new(&vec![0f32; rows], 0);
+            let call = AddRmsNormForward {
+                x: x.ptr(),
+                residual: sum.ptr(),
+                sum: sum.ptr(),
+                weight: weight.ptr(),
+                out: out.ptr(),
+                inv_rms: inv_rms.ptr(),
+                rows: rows_,
+                width: width_,
+                eps: EPS,
+            };
+            host().launch(&call.launch(T::TYPE), order);
+            (sum.get(), out.get(), inv_rms.get())
+        });
+        got_sum.assert_same(&sum, &what);
+        assert_close(&got_out, &out, &what);
+        assert_close(&got_inv_rms, &inv_rms, &what);
+
+        let (mut dx, mut dweight) = (zeros.clone(), vec![0f32; width]);
+        rms_norm::fused::backward(Threads::ONE, &sum, &weight, &inv_rms, &dy, &dsum, &mut dx, &mut dweight);
+        let (got_dx, got_dweight) = in_both_orders(|order| {
+            let (mut x, mut weight) = (Device::new(&sum, offset), Device::new(&weight, 0));
+            let (mut inv_rms, mut dy) = (Device::new(&inv_rms, 0), Device::new(&dy, offset));
+            let num_partials = RmsNormBackward::num_partials(rows_);
+            let mut partials = Device::new(&vec![f32::NAN; num_partials as usize * width], 0);
+            // The gradient over what it is added to.
+            let (mut dx, mut dweight) = (Device::new(&dsum, offset), Device::new(&vec![f32::NAN; width], 0));
+            let partial_dweight = partials.ptr();
+            let norm = RmsNormBackward {
+                x: x.ptr(),
+                weight: weight.ptr(),
+                inv_rms: inv_rms.ptr(),
+                dy: dy.ptr(),
+                dx: dx.ptr(),
+                partial_dweight,
+                rows: rows_,
+                width: width_,
+            };
+            host().launch(&AddRmsNormBackward { norm, dsum: dx.ptr() }.launch(T::TYPE), order);
+            let add =
+                RmsNormWeightGrad { partial_dweight, dweight: dweight.ptr(), num_partials, width: width_ };
+            host().launch(&add.launch(), order);
+            (dx.get(), dweight.get())
+        });
+        // Rounded twice: two units in the last place, of the larger of sum and addend.
+        let largest = dsum.iter().chain(&dx).map(|x| x.wide().abs()).fold(0.0, f32::max);
+        for (got, expected) in got_dx.iter().zip(&dx) {
+            let tolerance = (SUM_ORDER + 2.0 * T::ULP) * largest;
+            assert!((got.wide() - expected.wide()).abs() <= tolerance, "{what}: {got:?} for {expected:?}");
+        }
+        assert_close(&got_dweight, &dweight, &what);
+    }
+}
+
+#[test]
+fn a_sum_and_its_norm_are_the_cpus_but_for_the_order_of_sums() {
+    check_add_rms_norm::<f32>();
+    check_add_rms_norm::<bf16>();
+    check_add_rms_norm::<f16>();
 }
 
 /// Where gradients go.
