@@ -69,6 +69,8 @@ def run_section(bench, name):
 def finish(args, report, gpus, minutes):
     """The table, on the screen and in a file."""
     what = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU: tiny models on the CPU, of which no figure means anything"
+    version = HERE.parent / "VERSION"
+    what += f", {version.read_text().strip()}" if version.is_file() else ""
     text = f"{time.strftime('%Y-%m-%d')}, {what}\n\n{report.table()}\n{report.summary()} in {minutes:.1f} minutes\n"
     (args.out / "table.txt").write_text(text)
     print(f"\n{text}", flush=True)

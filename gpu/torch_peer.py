@@ -210,7 +210,8 @@ def main():
     print(json.dumps({
         "torch": torch.__version__, "compile": args.compile, "dtype": args.dtype, "losses": losses, "norms": norms,
         "finite": all(map(math.isfinite, losses)), "step_s": step_s, "tokens_per_s": num_tokens / step_s,
-        "device_peak_mb": peak(torch.cuda.max_memory_allocated), "device_reserved_mb": peak(torch.cuda.max_memory_reserved),
+        # What it took from the driver, as ours counts, and what it had in use of that.
+        "device_peak_mb": peak(torch.cuda.max_memory_reserved), "device_allocated_mb": peak(torch.cuda.max_memory_allocated),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 

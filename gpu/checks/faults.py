@@ -23,8 +23,12 @@ def run(bench):
         fails_by_name(bench, row, case, "stop:rank=1,step=3,phase=backward", "rank `1` stalled", common)
     with bench.check("more ranks than GPUs, not shared") as row:
         refuses(bench, row, case, "GPU", ranks=len(bench.gpus) + 1, share=False)
-    with bench.check("too little device memory") as row:
+    with bench.check("a limit of device memory below what a context takes") as row:
         refuses(bench, row, case, "memory", memory_limit="20MB")
+    with bench.check("a model that does not fit the limit of device memory") as row:
+        # 2.2 GB of state, and the activations of 16,384 tokens.
+        large = case if bench.dry else bench.case("gpt2-faults", shape="gpt2-124m", micro_batch=16)
+        refuses(bench, row, large, "memory", memory_limit="3GB")
     with bench.check("a run goes on after a checkpoint with the same bits") as row:
         resumes(bench, row, case)
 

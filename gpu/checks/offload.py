@@ -52,7 +52,7 @@ def case_run(bench, shape, layers, options, until, seq_len=1024, timeout=300, me
         seq_len = 64
     case = bench.case(f"{shape}-{layers}", shape=shape, layers=layers, seq_len=seq_len, micro_batch=1, num_tokens=40_000)
     trained = bench.train(case, until=until, timeout=timeout, dtype=bench.half, memory_limit=memory_limit, **options, **COMMON)
-    if trained.code == 1 and not trained.steps and any(words in trained.stderr.lower() for words in OUT_OF_MEMORY):
+    if trained.code in (1, 2) and any(words in trained.stderr.lower() for words in OUT_OF_MEMORY):
         raise MemoryError(trained.last_words())
     return trained.ended_well()
 

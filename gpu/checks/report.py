@@ -86,7 +86,7 @@ class Report:
             where = traceback.extract_tb(error.__traceback__)[-1]
             row.status, row.note = "FAIL", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         finally:
-            row.seconds = time.monotonic() - began
+            row.seconds += time.monotonic() - began  # to what was spent on it before
             self.add(row)
 
     def count(self, status):

@@ -10,13 +10,14 @@ of all heads together, T the sequence. Attention is causal: the upper half of it
 """
 import json
 import statistics
+import time
 
 import cases
 from checks.report import OutOfTime, Problem, Skip
 from checks.run import relative_gap
 
 CONTENDERS = {"ours": None, "PyTorch eager": [], "PyTorch compiled": ["--compile"]}
-OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory_limit", "device memory")
+OUT_OF_MEMORY = ("out of memory", "out_of_memory", "outofmemory", "memory_limit")
 
 
 class TooLarge(Exception):
@@ -71,10 +72,12 @@ def flops_per_token(config, seq_len):
 
 def compare(bench, name, case, warmup, measured, rounds):
     results, problems, over = {contender: [] for contender in CONTENDERS}, {}, None
+    spent = dict.fromkeys(CONTENDERS, 0.0)
     for round_ in range(rounds):
         for contender, flags in CONTENDERS.items():
             if contender in problems or over:
                 continue
+            began = time.monotonic()
             try:
                 results[contender].append(once(bench, case, flags, warmup, measured))
             except (Problem, Skip) as problem:
@@ -84,7 +87,8 @@ def compare(bench, name, case, warmup, measured, rounds):
                     raise TooLarge(f"{contender}: {str(problem)[:300]}") from None
             except OutOfTime as reason:
                 over = reason
-    tell(bench, name, case, results, problems, over)
+            spent[contender] += time.monotonic() - began
+    tell(bench, name, case, results, problems, over, spent)
     if over:
         raise over
 
@@ -103,7 +107,7 @@ def once(bench, case, flags, warmup, measured):
     return vars(told)
 
 
-def tell(bench, name, case, results, problems, over):
+def tell(bench, name, case, results, problems, over, spent):
     """A row for each contender; PyTorch's also say how ours compares."""
     config, seq_len = (json.loads((case / path).read_text()) for path in ("model/config.json", "case.json"))
     flops = flops_per_token(config, seq_len["seq_len"])
@@ -111,8 +115,9 @@ def tell(bench, name, case, results, problems, over):
     middle = lambda runs, key: statistics.median(run[key] for run in runs) if runs and runs[0][key] is not None else None
     for contender, runs in results.items():
         with bench.check(f"{name}: {contender}") as row:
+            row.seconds = spent[contender]
             if not runs:
-                problem = problems.get(contender) or over
+                problem = problems.get(contender) or Skip(str(over))
                 raise problem if contender == "ours" else Skip(str(problem))
             tokens_per_s = middle(runs, "tokens_per_s")
             row.add(params=cases.num_params(config), rounds=len(runs), tokens_per_s=tokens_per_s, step_ms=1e3 * middle(runs, "step_s"),
