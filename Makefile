@@ -3,6 +3,7 @@
 .PHONY: help setup nvrtc build demo test test-fast fuzz bench fmt lint
 
 CARGO ?= cargo
+PYTHON ?= python3
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +26,7 @@ finetune: build ## fine-tune SmolLM2-135M (a download of 93 MB) on Shakespeare, 
 
 # One build of everything, both binaries included: what is tested is what is shipped.
 test: setup nvrtc ## run all tests
+	$(PYTHON) gpu/selftest.py
 	$(CARGO) test --release --workspace --no-fail-fast
 	target/release/examples/custom_model # built with the tests
 	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
@@ -35,6 +37,10 @@ test-fast: nvrtc ## run the tests of the crates that need no libtorch, with asse
 fuzz: ## try hostile checkpoints, GGUF files and cuts of tensors for some minutes (CASES=200000: for each test)
 	PROPTEST_CASES=$(or $(CASES),200000) $(CARGO) test --release -p shardwise-checkpoint --lib
 	PROPTEST_CASES=$(or $(CASES),200000) $(CARGO) test --release -p shardwise-checkpoint --test gguf hostile
+
+.PHONY: gpu-bundle
+gpu-bundle: build ## pack target/gpu-bundle.tar.xz: what a machine with GPUs needs to run gpu/check.sh (docs/gpu.md)
+	scripts/gpu_bundle.sh
 
 bench: build ## run the benchmarks
 	$(CARGO) bench -p shardwise-comm -p shardwise-kernels -p shardwise-engine -p shardwise-checkpoint
