@@ -4,13 +4,8 @@
 use half::{bf16, f16};
 use shardwise_device::{Element, Slice};
 use shardwise_kernels::cuda::{
-<<<<<<< HEAD
-    CrossEntropy, DevicePtr, FloatType, RmsNormBackward, RmsNormForward, RmsNormWeightGrad, SumInOrder,
-    SumOfSquares,
-=======
-    AddRmsNormBackward, AddRmsNormForward, CrossEntropy, DevicePtr, RmsNormBackward, RmsNormForward,
-    RmsNormWeightGrad, SumInOrder, SumOfSquares,
->>>>>>> w/kern
+    AddRmsNormBackward, AddRmsNormForward, CrossEntropy, DevicePtr, FloatType, RmsNormBackward,
+    RmsNormForward, RmsNormWeightGrad, SumInOrder, SumOfSquares,
 };
 use shardwise_kernels::norm::{self, BLOCK_NUMEL};
 use shardwise_kernels::{Threads, cross_entropy, rms_norm};
