@@ -233,6 +233,8 @@ inline void run_compiled(CUstream_fake* stream, Operation& op) {
     const std::string& name = op.function->name;
     std::vector<std::pair<const u64, Block>*> used;
     for (u64& word : op.arguments) {
+        // Addresses are where the bytes are, and what lies between numbers may look like one.
+        if (fake().host_access) break;
         auto next = fake().blocks.upper_bound(word);
         if (next == fake().blocks.begin()) continue;
         auto& entry = *std::prev(next);
@@ -317,7 +319,7 @@ inline void run_first(CUstream_fake* stream) {
         }
         case Operation::FILL: {
             if (dead) break;
-            unsigned char* target = resolve(op.target, op.bytes, "a fill", true);
+            unsigned char* target = resolve(op.target, op.bytes, "a fill", !fake().host_access);
             if (target) memset(target, op.byte, op.bytes);
             break;
         }

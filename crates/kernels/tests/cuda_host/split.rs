@@ -183,11 +183,9 @@ fn masked_parts_infinities_and_nan_are_the_cpus() {
     rows[5][95] = f32::NAN;
     rows[6][..32].fill(f32::NEG_INFINITY);
     rows[6][7] = f32::NAN;
-    for row in 0..rows.len() {
-        let targets = vec![50];
-        let cuts = vec![0, 32, 64, 96];
+    for (row, logits) in rows.into_iter().enumerate() {
         let case =
-            Case { logits: rows[row].clone(), targets, num_classes: CLASSES, cuts: cuts.clone(), offset: 0 };
+            Case { logits, targets: vec![50], num_classes: CLASSES, cuts: vec![0, 32, 64, 96], offset: 0 };
         case.check(&format!("row {row}"));
     }
 }
@@ -206,9 +204,9 @@ fn the_first_row_without_a_class_is_told_and_left_alone() {
     let (softmax, losses, _) = case.combine(&told);
     for classes in case.parts() {
         let (before, after) = (case.of_part(&classes), case.gradients(&classes, &softmax));
-        for row in 0..6 {
+        for (row, loss) in losses.iter().enumerate() {
             let bad = row == 2 || row == 4;
-            assert_eq!(losses[row].is_nan(), bad, "row {row}");
+            assert_eq!(loss.is_nan(), bad, "row {row}");
             let at = row * classes.len()..(row + 1) * classes.len();
             assert_eq!(before[at.clone()] == after[at], bad, "row {row}");
         }
