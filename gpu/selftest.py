@@ -12,7 +12,7 @@ from types import SimpleNamespace
 sys.dont_write_bytecode = True
 
 import cases
-from checks import machine, offload, report, run, speed, trace
+from checks import compare, machine, offload, report, run, speed, trace
 from checks.report import OutOfTime, Problem, Skip
 
 # A command that behaves as ours does: metrics, a stop at SIGINT, and what the run file's `seed` asks for.
@@ -168,9 +168,9 @@ class Figures(unittest.TestCase):
         self.assertIsNone(trace.hidden_share([], spans["compute"]))
 
     def test_gaps_and_bits(self):
-        self.assertAlmostEqual(run.relative_gap([1.0, 2.2], [1.0, 2.0]), 0.1)
-        self.assertRaises(Problem, run.relative_gap, [1.0], [1.0, 2.0])
-        self.assertRaises(Problem, run.relative_gap, [None], [1.0])
+        self.assertAlmostEqual(compare.relative_gap([1.0, 2.2], [1.0, 2.0]), 0.1)
+        self.assertRaises(Problem, compare.relative_gap, [1.0], [1.0, 2.0])
+        self.assertRaises(Problem, compare.relative_gap, [None], [1.0])
 
     def test_flops_and_peaks(self):
         # 6 x 123.5 M and 6 x 12 layers x 768 wide x 1024 long.

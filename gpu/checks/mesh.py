@@ -1,6 +1,6 @@
 """Tensor and pipeline parallelism with ranks that share the GPU, against one rank on the same global batch."""
 from checks.parity import FP32_TOLERANCE
-from checks.run import close
+from checks.compare import close
 
 # Micro-batches, so that a pipeline is filled.
 ACCUM = 4

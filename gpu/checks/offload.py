@@ -6,7 +6,7 @@ all of these runs, so that it is the model's state that is compared.
 """
 import cases
 from checks import machine
-from checks.report import Problem, Skip
+from checks.report import OutOfTime, Problem, Skip
 from checks.speed import OUT_OF_MEMORY, flops_per_token
 
 LIMIT, LIMIT_BYTES = "16GB", 16e9
@@ -70,9 +70,17 @@ def most_layers(bench, shape, size, name, options, guess, upper=10_000):
                     seen[count] = case_run(bench, shape, count, options, until=2)
                 except MemoryError:
                     seen[count] = None
+                except Problem as problem:
+                    if not any(seen.values()):
+                        raise
+                    seen[count], row.note = None, f"{count} layers: {problem}"
             return seen[count] is not None
 
-        layers = search(fits, guess, upper, TRIES)
+        try:
+            layers = search(fits, guess, upper, TRIES)
+        except OutOfTime:
+            row.add(at_least=max((count for count, run in seen.items() if run), default=0))
+            raise
         row.add(layers=layers, params=size.params(layers), tries=len(seen), tried={count: bool(run) for count, run in seen.items()})
         if not layers:
             raise Problem("not one layer fits")

@@ -1,5 +1,5 @@
 """The same case on the GPU and on the CPU, and with plain PyTorch: losses step by step."""
-from checks.run import close
+from checks.compare import close
 
 # Sums in another order, in fp32: a loss moves by some 1e-7 a step, and training carries it on.
 FP32_TOLERANCE = 2e-4

@@ -6,7 +6,7 @@ and of the rounds. Model FLOP/s utilisation counts
     6 N + 6 L C T    operations a token
 
 N: parameters that are multiplied (the head, but no table of positions, and none of tokens unless it is the head too); L layers, C the width
-of all heads together, T the sequence. Attention is causal: the upper half of its scores is not counted. Recomputation is not counted either.
+of all heads together, T the sequence. Attention is causal: the upper half of its scores is not counted. Nor is recomputation.
 """
 import json
 import statistics
@@ -14,7 +14,7 @@ import time
 
 import cases
 from checks.report import OutOfTime, Problem, Skip
-from checks.run import relative_gap
+from checks.compare import relative_gap
 
 CONTENDERS = {"ours": None, "PyTorch eager": [], "PyTorch compiled": ["--compile"]}
 OUT_OF_MEMORY = ("out of memory", "out_of_memory", "outofmemory", "memory_limit")

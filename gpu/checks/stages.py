@@ -4,7 +4,7 @@ Without accumulation all ZeRO stages are equal; with it 0 = 1 and 2 = 3. Offload
 ranks as there are GPUs.
 """
 from checks.parity import FP32_TOLERANCE, HALF_TOLERANCE
-from checks.run import close, same
+from checks.compare import close, same
 
 OFFLOADS = [(1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer"]), (3, ["optimizer", "param"])]
 
