@@ -60,8 +60,9 @@ impl Layer for Block {
     ) -> Result<Tensor, EngineError> {
         let eps = self.config.rms_norm_eps;
         let normed = ops::rms_norm(context, x_btd, params.get("input_layernorm.weight")?, eps)?;
-        let x_btd = x_btd.f_add(&self.attention(context, params, &normed)?)?;
-        let normed = ops::rms_norm(context, &x_btd, params.get("post_attention_layernorm.weight")?, eps)?;
+        let attended = self.attention(context, params, &normed)?;
+        let weight = params.get("post_attention_layernorm.weight")?;
+        let [x_btd, normed] = ops::add_rms_norm(context, x_btd, &attended, weight, eps)?;
         Ok(x_btd.f_add(&self.mlp(context, params, &normed)?)?)
     }
 }

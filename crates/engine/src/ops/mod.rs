@@ -3,6 +3,7 @@
 //! Each has a plain form in libtorch's own operations, which works for every element type, and where measured to pay a
 //! fused form with a backward of its own; a test holds the two together.
 
+mod add_norm;
 mod attention;
 mod dropout;
 mod gpu;
@@ -15,6 +16,7 @@ mod raw;
 mod rotary;
 mod swiglu;
 
+pub use add_norm::{add_rms_norm, add_rms_norm_plain};
 pub use attention::{causal_attention, causal_attention_plain, dropped_causal_attention};
 pub use dropout::Dropout;
 pub(crate) use linear::weight_grad;

@@ -66,6 +66,14 @@ fn fused_and_plain_forms_agree() {
             );
 
             let (gate, up) = (leaf(&[batch, seq, 77], kind), leaf(&[batch, seq, 77], kind));
+            let residual = leaf(&[batch, seq, heads * width], kind);
+            let fused = || add_rms_norm(&asking(), &x, &residual, &weight, 1e-5).unwrap();
+            let plain = || add_rms_norm_plain(&x, &residual, &weight, 1e-5).unwrap();
+            let both = |[sum, norm]: [Tensor; 2]| sum * 0.5 + norm;
+            let norm_only = |[_, norm]: [Tensor; 2]| norm;
+            let inputs = [&x, &residual, &weight];
+            compare("add_rms_norm", kind, &inputs, &|| both(fused()), &|| both(plain()));
+            compare("its norm", kind, &inputs, &|| norm_only(fused()), &|| norm_only(plain()));
             compare("swiglu", kind, &[&gate, &up], &|| swiglu(&asking(), &gate, &up).unwrap(), &|| {
                 swiglu_plain(&gate, &up).unwrap()
             });

@@ -1,7 +1,7 @@
 //! The same runs on a GPU: state, kernels and collectives as there, on a fake one.
 //!
-//! libtorch's operations run on the host and take its memory for the GPU's, and work runs at once: what is late on a GPU is tested below,
-//! in `zero`, `comm` and `kernels`. Here is what joins them: every buffer is where it should be, and every layer sees it.
+//! libtorch's operations run on the host and take its memory for the GPU's, and work runs at once: what is late on a GPU is tested below
+//! this, in `zero`, `comm` and `kernels`. Here is what joins them: every buffer is where it should be, and every layer sees it.
 
 use serde_json::Value;
 use shardwise_device::DType;
