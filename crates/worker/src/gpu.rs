@@ -13,7 +13,7 @@ use shardwise_comm::nccl::{self, Library, Nccl};
 use shardwise_comm::staged::Staged;
 use shardwise_comm::{Group, ProcessGroup};
 use shardwise_config::{Determinism, Device, GpuSharing, RunConfig};
-use shardwise_device::cuda::{Driver, Gpu, Priority, Sharing, gpu_for_rank};
+use shardwise_device::cuda::{Driver, DriverVersion, Gpu, Priority, Sharing, gpu_for_rank};
 use shardwise_device::{Buffer, DType, Memory, Slice, SliceMut};
 use shardwise_kernels::cuda::{CompiledCode, KernelCache, Nvrtc, Search, Source};
 use shardwise_kernels::processor::GpuProcessor;
@@ -24,6 +24,9 @@ use crate::failure::Failure;
 use crate::launch::Libraries;
 use crate::options::dtype;
 use crate::telemetry::Telemetry;
+
+/// The driver that CUDA 13, for which libtorch is built, can run on.
+const NEEDED_BY_LIBTORCH: DriverVersion = DriverVersion { major: 13, minor: 0 };
 
 /// A rank's GPU, with the stream that libtorch uses too.
 pub struct RankGpu {
@@ -45,6 +48,7 @@ impl RankGpu {
         }
         telemetry.phase("opening the GPU");
         let driver = Driver::load(None).map_err(Failure::configuration)?;
+        driver.require(NEEDED_BY_LIBTORCH, "libtorch 2.11.0").map_err(Failure::configuration)?;
         let sharing = match config.cuda.sharing {
             GpuSharing::Exclusive => Sharing::Exclusive,
             GpuSharing::Shared => Sharing::Shared,

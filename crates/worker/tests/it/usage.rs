@@ -54,6 +54,17 @@ fn a_launcher_that_says_half_is_told_what_is_missing() {
 }
 
 #[test]
+fn a_gpu_that_is_not_there_is_named_before_anything_is_built() {
+    let mut run = run_file();
+    run["device"] = "cuda".into();
+    // Hides those of a machine that has some.
+    let ended = Ranks::new(&run, 1).env(0, "CUDA_VISIBLE_DEVICES", Some("")).run();
+    let says = &ended.stderr[0];
+    assert_eq!(ended.codes[0], USAGE, "{says}");
+    assert!(says.contains("no CUDA driver: could not load") || says.contains("sees no GPU"), "{says}");
+}
+
+#[test]
 fn a_rank_out_of_range_is_refused() {
     for rank in ["1", "7"] {
         let ended = Ranks::new(&run_file(), 1).env(0, "RANK", Some(rank)).run();
