@@ -315,7 +315,7 @@ fn a_run_on_gpus_is_held_to_their_memory() {
     let shown = text(&plan(RUN, &args).stdout);
     assert!(shown.contains("does it fit? ZeRO stage 3, offloaded: nothing\n"), "{shown}");
     assert!(
-        shown.contains("  device  1.72 GiB of 1.40 GiB: 335 MiB over; libraries and program: 1.00 GiB\n"),
+        shown.contains("  device  1.72 GiB of 1.40 GiB: 336 MiB over; libraries and program: 1.00 GiB\n"),
         "{shown}"
     );
     assert!(line(&shown, "host ")[0].ends_with("of 14.9 GiB: fits"), "{shown}");
