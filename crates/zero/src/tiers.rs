@@ -149,9 +149,11 @@ impl Tiers {
     /// waited for when this is written.
     pub fn take_transfer(&mut self, dtype: DType, numel: usize) -> Result<Buffer, ZeroError> {
         self.transfers.rotate_left(1);
-        match self.transfers[0].take() {
-            Some(buffer) if buffer.numel() >= numel && buffer.dtype() == dtype => Ok(buffer),
-            _ => Ok(Buffer::allocate(dtype, numel, &self.state_memory())?),
+        // One that is too small ends before there is another.
+        let fits = |buffer: &Buffer| buffer.numel() >= numel && buffer.dtype() == dtype;
+        match self.transfers[0].take().filter(fits) {
+            Some(buffer) => Ok(buffer),
+            None => Ok(Buffer::allocate(dtype, numel, &self.state_memory())?),
         }
     }
 
