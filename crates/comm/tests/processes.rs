@@ -6,7 +6,9 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -197,9 +199,17 @@ fn processes_give_the_reference() {
     ranks.into_iter().for_each(Rank::ends_well);
 }
 
+/// Files that bear our name where shared memory and sockets might be.
+fn named_files() -> BTreeSet<PathBuf> {
+    let files = ["/dev/shm", "/tmp"].map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten());
+    let paths = files.into_iter().flatten().map(|file| file.path());
+    paths.filter(|path| path.to_string_lossy().contains("shardwise")).collect()
+}
+
 /// Kills (or stops) `victim` once all have joined; all others must name it within `limit`.
 fn end_one(role: &str, victim: usize, signal: Signal, deadline_ms: u64, limit: Duration) {
     let meeting = meeting(&format!("{role}-{victim}-{}", signal.as_raw()));
+    let before = named_files();
     let mut ranks = spawn_all(3, &meeting, role, |start| start.deadline_ms = deadline_ms);
     ranks.iter_mut().for_each(|rank| drop(rank.line("ready")));
     std::thread::sleep(Duration::from_millis(300));
@@ -224,15 +234,8 @@ fn end_one(role: &str, victim: usize, signal: Signal, deadline_ms: u64, limit: D
         ranks[victim].signal(Signal::CONT);
         assert!(ranks[victim].line("error").starts_with(&format!("rank `{victim}` stalled: ")));
     }
-    let named = |path: &str| {
-        std::fs::read_dir(path).map_or(0, |files| {
-            files
-                .filter_map(Result::ok)
-                .filter(|file| file.file_name().to_string_lossy().contains("shardwise"))
-                .count()
-        })
-    };
-    assert_eq!((named("/dev/shm"), named("/tmp")), (0, 0));
+    let left: Vec<_> = named_files().difference(&before).cloned().collect();
+    assert!(left.is_empty(), "ranks leave {left:?}");
     for (i, rank) in ranks.into_iter().enumerate() {
         if i != victim {
             rank.ends_well();

@@ -38,6 +38,7 @@ device                               "cpu"        default
 cuda.collectives                     "auto"       default
 cuda.sharing                         "exclusive"  default
 cuda.memory_limit                    null         default
+cuda.determinism                     "off"        default
 threads_per_rank                     null         default
 parallel.world_size                  2            -n
 parallel.data                        2            derived from ranks / (`pipeline` x `tensor`)

@@ -3,7 +3,8 @@
 use half::bf16;
 use shardwise_kernels::attention as kernel;
 use shardwise_torch::function::{Saved, link};
-use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
+use shardwise_torch::tch::{TchError, with_grad};
+use shardwise_torch::{Kind, Tensor, TorchError, autograd, no_grad};
 
 use super::Dropout;
 use super::raw::{elements, elements_mut, fused_kind, multiplies_in_f32, threads};
@@ -22,11 +23,30 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, En
         return fused(q, k, v, shape);
     }
     if multiplies_in_f32(&[q, k, v]) {
-        let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
-        let out = causal_attention_plain(&exact(q)?, &exact(k)?, &exact(v)?)?;
-        return Ok(out.f_to_kind(q.kind())?);
+        return in_f32(q, k, v);
     }
     causal_attention_plain(q, k, v)
+}
+
+/// Attention of copies in f32, which last as long as a pass: the backward pass makes them, and the forward pass, once more.
+fn in_f32(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
+    let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
+    let kind = q.kind();
+    let out = no_grad(|| plain([&exact(q)?, &exact(k)?, &exact(v)?])?.f_to_kind(kind))?;
+    link(&[q, k, v], &[&out], &[q, k, v].map(Saved::Input), move |args| {
+        let Some(dout) = &args.grads[0] else { return Ok(vec![None, None, None]) };
+        let leaves: Vec<Tensor> = args
+            .saved
+            .iter()
+            .map(|x| exact(x)?.f_detach()?.f_set_requires_grad(true))
+            .collect::<Result<_, _>>()?;
+        let [q, k, v] = &leaves[..] else { return Ok(vec![None, None, None]) };
+        let out = with_grad(|| plain([q, k, v]))?;
+        let grads = autograd::grad(&[&out], &[Some(&exact(dout)?)], &[q, k, v])?;
+        let rounded = grads.into_iter().map(|grad| grad.map(|grad| grad.f_to_kind(kind)).transpose());
+        Ok(rounded.collect::<Result<_, _>>()?)
+    })?;
+    Ok(out)
 }
 
 /// [`causal_attention`] in libtorch's own operations.
@@ -34,12 +54,16 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, En
 /// # Errors
 /// What libtorch says.
 pub fn causal_attention_plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
+    Ok(plain([q, k, v])?)
+}
+
+fn plain([q, k, v]: [&Tensor; 3]) -> Result<Tensor, TchError> {
     let grouped = q.size().get(2) != k.size().get(2);
     let heads_first = |x: &Tensor| x.f_transpose(1, 2);
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
     let out =
         Tensor::f_scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None::<f64>, grouped)?;
-    Ok(out.f_transpose(1, 2)?.f_contiguous()?)
+    out.f_transpose(1, 2)?.f_contiguous()
 }
 
 /// [`causal_attention`] with dropout of its probabilities while the model learns. They are then whole in memory, twice: what is

@@ -1,7 +1,7 @@
 //! Linear maps.
 //!
-//! A processor that has no arithmetic in 16-bit floats multiplies f16 matrices element by element in libtorch, some twenty times
-//! slower than f32. There the product is made in f32, of copies that last as long as the product, and rounded once.
+//! On a processor that has no arithmetic in a 16-bit type ([`super::multiplies`]) libtorch multiplies matrices of it element by element, some
+//! sixty times slower than f32. There the product is made in f32, of copies that last as long as the product, and rounded once.
 //!
 //! Where the gradients of matrices wait ([`crate::Context::deferred`]), the backward pass is ours too.
 

@@ -22,10 +22,31 @@ pub(super) fn fused_kind(tensors: &[&Tensor]) -> Option<Kind> {
     common_kind(tensors).filter(|_| tensors.iter().all(|t| t.device() == Device::Cpu))
 }
 
-/// Whether the tensors are f16 on a processor that cannot multiply f16 numbers.
+/// Whether the tensors are on a processor that does not multiply numbers of their type.
 pub(super) fn multiplies_in_f32(tensors: &[&Tensor]) -> bool {
-    let is_slow = |t: &&Tensor| t.kind() == Kind::Half && t.device() == Device::Cpu;
-    tensors.iter().all(is_slow) && !multiplies_f16()
+    tensors.iter().all(|t| t.device() == Device::Cpu && !multiplies(t.kind()))
+}
+
+/// Whether this processor multiplies matrices of `kind` as they are. Where it does not, libtorch goes through them element by element,
+/// some sixty times slower than f32, and operations of [`crate::ops`] multiply copies in f32.
+pub fn multiplies(kind: Kind) -> bool {
+    match kind {
+        Kind::Half => multiplies_f16(),
+        Kind::BFloat16 => multiplies_bf16(),
+        _ => true,
+    }
+}
+
+/// Where libtorch's library for matrix products takes bf16.
+fn multiplies_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bw")
+        && std::arch::is_x86_feature_detected!("avx512vl")
+        && std::arch::is_x86_feature_detected!("avx512dq");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("bf16");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return false;
 }
 
 fn multiplies_f16() -> bool {
