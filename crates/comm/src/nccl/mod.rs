@@ -445,10 +445,12 @@ impl ProcessGroup for Nccl {
         let demand = self.accept(self.caller().all_reduce(buffer.as_slice()))?;
         match self.places(&demand, &[buffer.as_slice()])? {
             Places::Gpu { is_unlogged } => self.collective(demand, is_unlogged, |exchange| {
-                match (self.size(), buffer.num_bytes()) {
-                    (1, _) => Ok(()),
+                let (n, num_bytes) = (self.size(), buffer.num_bytes());
+                let is_small = num_bytes <= DIRECT_BYTES && n * num_bytes <= self.shared.staging_bytes;
+                match n {
+                    1 => Ok(()),
                     // Of two ranks each sends as much either way.
-                    (2, _) | (_, ..=DIRECT_BYTES) => self.run(exchange, AllReduce::direct(self, buffer)),
+                    _ if n == 2 || is_small => self.run(exchange, AllReduce::direct(self, buffer)),
                     _ => self.run(exchange, AllReduce::divided(self, buffer)),
                 }
             }),

@@ -128,7 +128,8 @@ fn the_staging_memory_does_not_change_a_bit() {
         Step::ReduceScatter { dtype: DType::F16, shard_dtype: DType::F32, numel: 9001, cuts: 3 },
         Step::AllReduce { dtype: DType::F32, numel: 40_000 },
     ];
-    for staging_bytes in [1, 10_000, shardwise_comm::nccl::STAGING_BYTES] {
+    let sizes = [1, 10_000, shardwise_comm::nccl::STAGING_BYTES];
+    for (staging_bytes, log) in sizes.into_iter().flat_map(|size| [(size, Log::Kept), (size, Log::None)]) {
         let fake = fake(ALL_WAYS[3], 3);
         let results = thread::run_with(3, options(), |world| {
             let gpu = fake.open(world.group_rank() as u32);
@@ -136,7 +137,7 @@ fn the_staging_memory_does_not_change_a_bit() {
             let (library, processor) = (library(&fake), fake.processor(&gpu));
             let group =
                 Nccl::with_staging(world, library, processor, Arc::clone(&compute), staging_bytes).unwrap();
-            run_on(&group, Ground::Gpu { gpu: &gpu, compute: &compute, log: Log::Kept }, &program, 9)
+            run_on(&group, Ground::Gpu { gpu: &gpu, compute: &compute, log }, &program, 9)
         });
         check(3, &program, &results, 9).unwrap();
         fake.assert_clean();
