@@ -28,10 +28,26 @@ impl Ranks {
     /// # Panics
     /// If the mesh has another number of ranks than the group.
     pub fn new(world: Group, mesh: Mesh) -> Result<Self, CommError> {
-        assert_eq!(world.group_size(), mesh.world_size(), "a mesh of as many ranks as the group has");
-        let [pipeline, data, tensor] =
-            [(Axis::Pipeline, "pipeline"), (Axis::Data, "data"), (Axis::Tensor, "tensor")]
-                .map(|(axis, name)| group_along(&world, mesh, axis, name));
+        let messages = world.clone();
+        Ranks::with_messages(world, &messages, mesh)
+    }
+
+    /// [`Ranks::new`], with another group of the same ranks for what pipeline stages send each other. They do so from threads beside
+    /// the rank's own, which not every back end takes together with collectives.
+    ///
+    /// # Collective
+    /// As [`Ranks::new`].
+    /// # Errors
+    /// A failed collective.
+    /// # Panics
+    /// If the mesh has another number of ranks than a group.
+    pub fn with_messages(world: Group, messages: &Group, mesh: Mesh) -> Result<Self, CommError> {
+        for group in [&world, messages] {
+            assert_eq!(group.group_size(), mesh.world_size(), "a mesh of as many ranks as the group has");
+        }
+        let pipeline = group_along(messages, mesh, Axis::Pipeline, "pipeline");
+        let data = group_along(&world, mesh, Axis::Data, "data");
+        let tensor = group_along(&world, mesh, Axis::Tensor, "tensor");
         let at = mesh.coordinates(world.group_rank());
         Ok(Ranks { mesh, at, pipeline: pipeline?, data: data?, tensor: tensor?, world })
     }

@@ -15,6 +15,7 @@ use shardwise_comm::{Group, ProcessGroup};
 use shardwise_config::{Determinism, Device, GpuSharing, RunConfig};
 use shardwise_device::cuda::{Driver, DriverVersion, Gpu, Priority, Sharing, gpu_for_rank};
 use shardwise_device::{Buffer, DType, Memory, Slice, SliceMut};
+use shardwise_engine::Ranks;
 use shardwise_kernels::cuda::{CompiledCode, KernelCache, Nvrtc, Search, Source};
 use shardwise_kernels::processor::GpuProcessor;
 use shardwise_plan::Collectives;
@@ -92,34 +93,54 @@ impl RankGpu {
         shardwise_torch::Device::Cuda(self.processor.gpu().ordinal() as usize)
     }
 
-    /// The ranks of `world` as a group for memory of their GPUs.
+    /// The ranks of `world` for memory of their GPUs, laid out as the run's mesh.
     ///
     /// # Collective
     /// Every rank of `world`.
-    pub fn group(
+    pub fn ranks(
         &self,
         world: Group,
         config: &RunConfig,
         libraries: &Libraries,
         telemetry: &Telemetry,
-    ) -> Result<Group, Failure> {
+    ) -> Result<Ranks, Failure> {
+        let mesh = config.parallel.mesh();
         if world.group_size() == 1 {
-            return Ok(world);
+            return Ok(Ranks::new(world, mesh)?);
         }
-        let gpu = self.processor.gpu();
-        let host = |world| Staged::new(world, gpu, self.processor.stream().clone());
+        let staged = || Staged::new(world.clone(), self.processor.gpu(), self.processor.stream().clone());
+        match self.nccl(&world, config, libraries, telemetry)? {
+            // Messages between stages come from threads of their own, beside collectives: NCCL would have to be given all
+            // of them in one order.
+            Some(nccl) if config.parallel.pipeline > 1 => Ok(Ranks::with_messages(nccl, &staged()?, mesh)?),
+            Some(nccl) => Ok(Ranks::new(nccl, mesh)?),
+            None => Ok(Ranks::new(staged()?, mesh)?),
+        }
+    }
+
+    /// NCCL over the ranks of `world`, if they are to use it and all can.
+    ///
+    /// # Collective
+    /// Every rank of `world`.
+    fn nccl(
+        &self,
+        world: &Group,
+        config: &RunConfig,
+        libraries: &Libraries,
+        telemetry: &Telemetry,
+    ) -> Result<Option<Group>, Failure> {
         let wanted = config.cuda.collectives();
         if wanted == Collectives::Host {
-            return Ok(host(world)?);
+            return Ok(None);
         }
         let search = nccl::Search { given: libraries.nccl.clone(), libtorch: libtorch() };
         let library = Library::load(&search);
         // One rank without it would wait for the others for ever: they agree first.
-        let have_it = all_agree(&*world, library.is_ok())?;
+        let have_it = all_agree(&**world, library.is_ok())?;
         match (library, have_it) {
             (Ok(library), true) => {
                 let processor = Arc::clone(&self.processor);
-                Ok(Nccl::new(world, library, processor, self.processor.stream().clone())?)
+                Ok(Some(Nccl::new(world.clone(), library, processor, self.processor.stream().clone())?))
             }
             (Err(error), _) if wanted == Collectives::Nccl => Err(Failure::configuration(error)),
             (Ok(_), false) if wanted == Collectives::Nccl => Err(Failure::usage(
@@ -130,7 +151,7 @@ impl RankGpu {
                 let why =
                     library.err().map_or_else(|| "another rank has no NCCL".to_owned(), |e| e.to_string());
                 telemetry.note(&format!("collectives go through host memory: {why}"));
-                Ok(host(world)?)
+                Ok(None)
             }
         }
     }

@@ -92,12 +92,11 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
     options.deadline = Duration::from_secs_f64(config.parallel.deadline_s);
     options.fingerprint = fingerprint(&loaded, args, resumed.as_ref(), threads);
     let group = shm::join(options)?;
-    let group = match &gpu {
-        Some(gpu) => gpu.group(group, config, &launch.libraries, &telemetry)?,
-        None => group,
-    };
     telemetry.phase("building the model");
-    let ranks = Ranks::new(group.clone(), config.parallel.mesh())?;
+    let ranks = match &gpu {
+        Some(gpu) => gpu.ranks(group.clone(), config, &launch.libraries, &telemetry)?,
+        None => Ranks::new(group.clone(), config.parallel.mesh())?,
+    };
     let mut engine = model.build(config, ranks, threads, gpu.as_ref(), resumed.as_ref())?;
 
     let fixed = Fixed {
