@@ -147,10 +147,11 @@ impl Nccl {
         let staged = Staged::over(Arc::clone(&inner), Arc::clone(&shared.staged), Operation::Subgroup)?;
         let gpu = shared.processor.gpu();
         let make = || -> Result<_, CudaError> {
-            let sums_stream = Arc::new(gpu.stream(Priority::High)?);
+            let sums_stream = Arc::new(gpu.stream(Priority::High)?.named("collectives, sums"));
             let sums = shared.processor.on_stream(Arc::clone(&sums_stream))?;
             let event = || shared.watcher.event(gpu);
-            Ok((gpu.stream(Priority::High)?, sums_stream, sums, event()?, event()?))
+            let wire = gpu.stream(Priority::High)?.named("collectives");
+            Ok((wire, sums_stream, sums, event()?, event()?))
         };
         let (wire, sums_stream, sums, fence, summed) = make().map_err(|error| {
             let error = CommError::device(Operation::Subgroup, inner.name(), error);
@@ -410,9 +411,11 @@ impl Exchange<'_> {
             wired.started.record(wire)?;
             wired.has_started = true;
         }
+        let span = wire.span(|| "exchange by NCCL".to_owned())?;
         // SAFETY: views are valid until the uses that are noted below are over, or used in the order of the compute stream, which
         // the wire is part of (`in_order`).
         unsafe { wired.communicator.run(ops, wire, &self.ticket)? };
+        drop(span);
         for (view, access) in uses {
             wire.note(*view, *access)?;
         }
