@@ -44,6 +44,11 @@ fn it_says_what_there_is_and_what_is_missing() {
     ] {
         assert!(said.contains(part), "`{part}` in:\n{said}");
     }
+    let libtorch = format!("#!/bin/sh\necho {}\necho it sees GPUs\n", folder.path().display());
+    let said = doctor(&script(folder.path(), "telling", &libtorch), &[]).stdout;
+    let told = format!("torch   {}; it sees GPUs\n", folder.path().display());
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains(&told), "{said}");
     let output = doctor(&worker, &["--json"]);
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["cores"].as_u64().unwrap() > 0);

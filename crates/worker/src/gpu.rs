@@ -166,7 +166,7 @@ impl RankGpu {
 }
 
 /// The folder that libtorch's `include/` and `lib/` are in.
-fn libtorch() -> Option<PathBuf> {
+pub fn libtorch() -> Option<PathBuf> {
     Some(library_folder()?.parent()?.to_owned())
 }
 

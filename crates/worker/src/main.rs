@@ -27,6 +27,7 @@ mod trace;
 mod train;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::panic;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +55,9 @@ enum Command {
     Generate(GenerateArgs),
     /// Measure a trained model's loss and perplexity on a text
     Eval(EvalArgs),
+    /// Say where libtorch is and whether it has CUDA, for `shardwise doctor`
+    #[command(hide = true)]
+    Libtorch,
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +131,7 @@ fn main() -> ExitCode {
     let outcome = panic::catch_unwind(|| match (cli.command, cli.train) {
         (Some(Command::Generate(args)), _) => generate::run(&args).map(|()| End::Finished),
         (Some(Command::Eval(args)), _) => eval::run(&args).map(|()| End::Finished),
+        (Some(Command::Libtorch), _) => tell_libtorch().map(|()| End::Finished),
         (None, Some(args)) => Launch::from_env().and_then(|launch| train::run(&args, &launch)),
         (None, None) => Err(Failure::usage("no run file was given", "shardwise-worker RUN.json")),
     });
@@ -139,6 +144,17 @@ fn main() -> ExitCode {
         Ok(End::Stopped) => ExitCode::from(STOPPED),
         Err(failure) => failure.report(),
     }
+}
+
+/// Prints the folder of libtorch, then what can be said of CUDA, a line each.
+fn tell_libtorch() -> Result<(), Failure> {
+    let cuda = match shardwise_torch::cuda::load(0) {
+        Ok(()) => "it sees GPUs".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let folder = gpu::libtorch().unwrap_or_default();
+    writeln!(std::io::stdout(), "{}\n{}", folder.display(), cuda.replace('\n', " "))?;
+    Ok(())
 }
 
 /// Has every panic leave its place in the sources behind; otherwise it is told as ever.
