@@ -47,6 +47,12 @@ impl RankGpu {
         if config.device == Device::Cpu {
             return Ok(None);
         }
+        if config.cuda.memory_limit.is_some() && config.cuda.sharing == GpuSharing::Shared {
+            return Err(Failure::usage(
+                "`cuda.memory_limit` is set, and `cuda.share` lets ranks share a GPU: each would take the rest from the others",
+                "leave one of the two out",
+            ));
+        }
         telemetry.phase("opening the GPU");
         let driver = Driver::load(None).map_err(Failure::configuration)?;
         driver.require(NEEDED_BY_LIBTORCH, "libtorch 2.11.0").map_err(Failure::configuration)?;

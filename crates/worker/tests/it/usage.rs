@@ -57,6 +57,14 @@ fn a_launcher_that_says_half_is_told_what_is_missing() {
 fn a_gpu_that_is_not_there_is_named_before_anything_is_built() {
     let mut run = run_file();
     run["device"] = "cuda".into();
+    run["cuda"] = json!({ "memory_limit": "1GB", "share": true });
+    let both = Ranks::new(&run, 1).run();
+    assert_said(
+        &both,
+        USAGE,
+        &["error: `cuda.memory_limit` is set, and `cuda.share` lets", "hint: leave one"],
+    );
+    run["cuda"] = json!({});
     // Hides those of a machine that has some.
     let ended = Ranks::new(&run, 1).env(0, "CUDA_VISIBLE_DEVICES", Some("")).run();
     let says = &ended.stderr[0];
