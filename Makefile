@@ -29,7 +29,6 @@ test: setup nvrtc ## run all tests
 	$(PYTHON) gpu/selftest.py
 	$(CARGO) test --release --workspace --no-fail-fast
 	target/release/examples/custom_model # built with the tests
-	RUSTFLAGS="--cfg loom" $(CARGO) test --release -p shardwise-comm --test loom --target-dir target/loom
 
 test-fast: nvrtc ## run the tests of the crates that need no libtorch, with assertions and checks for overflow
 	$(CARGO) test --no-fail-fast

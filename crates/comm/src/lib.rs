@@ -12,53 +12,28 @@
 //!   deadline: every other rank gets an error that names it. After the first error all groups of that world
 //!   return it at once.
 //! - **Traffic is counted** where it is caused: each group has a [`Ledger`].
-#![allow(unexpected_cfgs, reason = "`--cfg loom` selects the model checker's types, see tests/loom.rs")]
 
-#[cfg(not(loom))]
 mod agree;
-#[cfg(not(loom))]
 mod arena;
-#[cfg(not(loom))]
 mod arguments;
-#[cfg(not(loom))]
 mod board;
-#[cfg(not(loom))]
 mod collectives;
-#[cfg(not(loom))]
 mod error;
-#[cfg(not(loom))]
 mod group;
-#[cfg(not(loom))]
 mod ledger;
-#[cfg(not(loom))]
 mod member;
-#[cfg(not(loom))]
 mod messages;
-#[cfg(not(loom))]
 pub mod nccl;
-#[cfg(not(loom))]
 mod parts;
-#[cfg(not(loom))]
 mod queue;
-#[cfg(not(loom))]
 mod segment;
-#[cfg(not(loom))]
 pub mod shm;
-#[cfg(not(loom))]
 pub mod staged;
 mod sync;
-#[cfg(not(loom))]
 pub mod thread;
-#[cfg(not(loom))]
 mod universe;
-
-#[cfg(not(loom))]
 mod word;
-#[cfg(loom)]
-#[doc(hidden)]
-pub mod word;
 
-#[cfg(not(loom))]
 pub use {
     error::{Call, CommError, JoinProblem},
     group::{Group, Options, Part, ProcessGroup, solo},

@@ -16,9 +16,6 @@
 //! compares all of it before the waiter sleeps: no order between two variables has to be argued, and a
 //! wake-up cannot be lost.
 
-#[cfg(loom)]
-use loom::sync::atomic::Ordering;
-#[cfg(not(loom))]
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -34,7 +31,7 @@ const COUNT_MASK: u32 = u32::MAX >> COUNT_SHIFT;
 
 /// A rank's count of published phases. Alone in its cache lines (two, as processors fetch pairs).
 #[repr(C, align(128))]
-#[cfg_attr(loom, derive(Default))]
+#[derive(Default)]
 pub struct Word {
     futex: Futex,
 }
@@ -128,13 +125,12 @@ impl Word {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
     fn word_at(count: u32) -> Word {
-        // SAFETY: a word of zeros is a valid word: a count of 0 and no flags.
-        let word: Word = unsafe { std::mem::zeroed() };
+        let word = Word::default();
         word.futex.fetch_add(count << COUNT_SHIFT, Ordering::Relaxed);
         word
     }

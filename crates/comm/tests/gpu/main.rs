@@ -5,4 +5,5 @@
 mod common;
 
 mod nccl;
+mod real;
 mod staged;

@@ -1,19 +1,15 @@
 //! The model checker's view of the protocol: every interleaving of small worlds.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p shardwise-comm --release --test loom`
-//!
-//! The code under test is the real [`shardwise_comm::word::Word`]; only the atomic number and the kernel's
+//! The code under test is the real `word.rs` of `shardwise-comm`; only the atomic number and the kernel's
 //! futex are loom's. A slot that is read while it is written, or read before it is published, is a failure;
 //! so is a wake-up that gets lost, as sleeping has no timeout here and the model would never end.
-#![allow(unexpected_cfgs, reason = "`--cfg loom` is given by hand")]
-#![cfg(loom)]
 
 use std::time::Duration;
 
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
-use shardwise_comm::word::{Seen, Word, next};
+use shardwise_comm_loom::word::{Seen, Word, next};
 
 const LONG: Duration = Duration::from_secs(1);
 
