@@ -21,7 +21,7 @@ from checks.run import Bench
 
 HERE = Path(__file__).resolve().parent
 # With the seconds that a section should have left to be begun at all.
-SECTIONS = {"doctor": 5, "device": 20, "parity": 20, "stages": 20, "mesh": 20, "faults": 20, "trace": 20, "speed": 60, "offload": 60,
+SECTIONS = {"doctor": 5, "parity": 20, "stages": 20, "device": 20, "mesh": 20, "faults": 20, "speed": 60, "trace": 20, "launch": 30, "offload": 60,
             "sanitizer": 60}
 
 
@@ -36,6 +36,7 @@ def arguments():
     parser.add_argument("--work", type=Path, help="where cases and runs go; removed at the end (default: OUT/work)")
     parser.add_argument("--keep", action="store_true", help="keep the runs")
     parser.add_argument("--layers", type=int, help="layers of the Llama in `speed` (default: as many as fit)")
+    parser.add_argument("--host-gb", type=float, help="host memory for `offload` (default: what the system says is available)")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense, in 16 bits (default: from a table by its name)")
     args = parser.parse_args()
     args.device = "cpu" if args.dry else args.device

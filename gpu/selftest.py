@@ -89,8 +89,8 @@ class Runs(unittest.TestCase):
         self.case = cases.make(self.folder / "case", "llama-tiny", num_tokens=100)
 
     def bench(self, minutes=0, device="cpu", gpus=()):
-        options = SimpleNamespace(bin=self.folder, device=device, minutes=minutes)
         work = Path(tempfile.mkdtemp(dir=self.folder))
+        options = SimpleNamespace(bin=self.folder, out=work, device=device, minutes=minutes, host_gb=None)
         return run.Bench(report.Report(work / "results.jsonl"), work, options, list(gpus))
 
     def test_a_run_ends_or_is_stopped(self):
@@ -113,9 +113,13 @@ class Runs(unittest.TestCase):
 
     def test_a_refusal_is_news_only_on_a_gpu(self):
         self.assertRaises(Skip, self.bench().train, self.case, steps=1, data={"seed": 2})
-        refused = self.bench(device="cuda").train(self.case, steps=1, data={"seed": 2})
+        bench = self.bench(device="cuda")
+        refused = bench.train(self.case, steps=1, data={"seed": 2})
         with self.assertRaisesRegex(Problem, "exit code 2: error: `trace`"):
             refused.ended_well()
+        kept = bench.failed.read_text()
+        self.assertIn("exit code 2", kept)
+        self.assertIn("--- stderr\nerror: `trace`", kept)
 
     def test_run_files_say_what_is_asked_for(self):
         gpu = machine.Gpu("NVIDIA H200", 1e9, (9, 0))
@@ -166,6 +170,13 @@ class Figures(unittest.TestCase):
         self.assertAlmostEqual(trace.hidden_share(spans["copies"], spans["compute"]), 5 / 12)
         self.assertEqual(trace.hidden_share(spans["collectives"], spans["compute"]), 0)
         self.assertIsNone(trace.hidden_share([], spans["compute"]))
+
+    def test_a_step_is_split_by_lines(self):
+        lines = {0: "host", 1: "compute", 2: "copies"}
+        events = [{"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}} for tid, name in lines.items()]
+        events += [{"ph": "X", "name": name, "pid": 0, "tid": tid, "ts": start, "dur": length} for name, tid, start, length in (
+            ("step 4", 0, 0, 9000), ("step", 0, 5000, 3000), ("forward", 0, 0, 5000), ("layer", 1, 0, 2000), ("layer", 1, 1000, 2000), ("up", 2, 8000, 500))]
+        self.assertEqual(offload.split(events), {"step_ms": 9.0, "compute_ms": 3.0, "copies_ms": 0.5, "host_step_ms": 3.0})
 
     def test_gaps_and_bits(self):
         self.assertAlmostEqual(compare.relative_gap([1.0, 2.2], [1.0, 2.0]), 0.1)

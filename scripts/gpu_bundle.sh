@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 LIMIT_MIB=64
 binaries=${1:-target/release}
 # Package and test, whose ignored tests need a GPU.
-TESTS=("shardwise-device cuda")
+TESTS=("shardwise-device cuda" "shardwise-kernels processor" "shardwise-comm gpu")
 
 fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 

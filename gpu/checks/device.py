@@ -12,7 +12,9 @@ def run(bench):
             folder = bench.work / "tests" / test.name
             folder.mkdir(parents=True)
             command = [test, "--ignored", "--test-threads", "1", "--nocapture"]
-            code, stderr, _, timed_out = bench.watch(command, folder, {"RUST_BACKTRACE": "1"}, 300)
+            code, stderr, _, timed_out = bench.watch(command, folder, {}, 120)
+            if code or timed_out:
+                bench.keep_words(command, code, timed_out, folder)
             judge(row, code, (folder / "stdout").read_text(errors="replace") + stderr, timed_out)
 
 

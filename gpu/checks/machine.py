@@ -45,9 +45,10 @@ def smi(fields):
 def gpus():
     """Those that `CUDA_VISIBLE_DEVICES` leaves, if it is a list of numbers."""
     found = []
-    for name, memory, capability in (line for line in smi("name,memory.total,compute_cap") if len(line) == 3):
-        major, _, minor = capability.partition(".")
-        found.append(Gpu(name, float(memory) * (1 << 20), (int(major), int(minor or 0))))
+    for line in smi("name,memory.total,compute_cap"):
+        told = re.fullmatch(r"(.*)\|([\d.]+)\|(\d+)\.?(\d*)", "|".join(line))
+        if told:
+            found.append(Gpu(told[1], float(told[2]) * (1 << 20), (int(told[3]), int(told[4] or 0))))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and re.fullmatch(r"[\d,\s]*", visible):
         found = [found[int(i)] for i in visible.split(",") if i.strip() and int(i) < len(found)]

@@ -5,15 +5,15 @@ largest model of Llama-3-8B's layers that host memory has room for, at 16 bytes 
 all of these runs, so that it is the model's state that is compared.
 """
 import cases
-from checks import machine
 from checks.report import OutOfTime, Problem, Skip
 from checks.speed import OUT_OF_MEMORY, flops_per_token
+from checks.trace import by_kind, length, read
 
 LIMIT, LIMIT_BYTES = "16GB", 16e9
 HOST_BYTES_PER_PARAM = 16
 # Of the host's memory: the rest is for the system and what is not the model's state.
 HOST_SHARE = 0.85
-TRIES = 6
+TRIES = 4
 OFFLOAD = dict(stage=3, offload=["optimizer", "param"])
 COMMON = dict(activations={"policy": "recompute"})
 
@@ -22,8 +22,8 @@ def run(bench):
     shape = "llama-tiny" if bench.dry else "llama-2048"
     size = Sizes(cases.SHAPES[shape])
     kept = most_layers(bench, shape, size, "kept on the GPU", {}, guess=size.layers(LIMIT_BYTES - 1.5e9, 18))
-    room = size.layers(HOST_SHARE * machine.available_host_bytes(), HOST_BYTES_PER_PARAM)
-    offloaded = most_layers(bench, shape, size, "offloaded", OFFLOAD, guess=min(room, 6 * max(kept, 1)), upper=room)
+    room = size.layers(HOST_SHARE * bench.host_bytes(), HOST_BYTES_PER_PARAM)
+    offloaded = most_layers(bench, shape, size, "offloaded", OFFLOAD, guess=min(room, 8 * max(kept, 1)), upper=room)
     with bench.check(f"largest model in {LIMIT}, offloaded against not") as row:
         if not kept or not offloaded:
             raise Skip("one of the two is not known")
@@ -32,7 +32,11 @@ def run(bench):
     if kept:
         with bench.check(f"step time at {kept} layers, which both train") as row:
             plain, moved = (case_run(bench, shape, kept, options, until=6) for options in ({}, OFFLOAD))
-            row.add(step_s=plain.step_s(2), offloaded_step_s=moved.step_s(2), times=moved.step_s(2) / plain.step_s(2))
+            row.add(step_s=plain.step_s(2), offloaded_step_s=moved.step_s(2), times=moved.step_s(2) / plain.step_s(2),
+                    exposed_share=moved.share("exposed_comm_s", 2))
+        with bench.check(f"where a step's time goes at {kept} layers, offloaded") as row:
+            traced = case_run(bench, shape, kept, {**OFFLOAD, "trace": {"first_step": 4, "num_steps": 1}}, until=6)
+            row.add(**split(read(traced.folder / "trace/rank-0.json")))
     largest(bench)
 
 
@@ -106,10 +110,19 @@ def search(fits, guess, upper, tries):
     return low
 
 
+def split(events):
+    """Milliseconds of one step: the GPU computes, copies, and the host steps; these may run beside each other."""
+    spans = by_kind(events)
+    whole = [event["dur"] for event in events if event.get("name", "").startswith("step ")]
+    host = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "step"]
+    told = {"step": sum(whole), "compute": length(spans["compute"]), "copies": length(spans["copies"]), "host_step": length(host)}
+    return {f"{name}_ms": microseconds / 1e3 for name, microseconds in told.items()}
+
+
 def largest(bench):
     shape = "llama-tiny" if bench.dry else "llama3-8b"
     size = Sizes(cases.SHAPES[shape])
-    layers = 3 if bench.dry else size.layers(HOST_SHARE * machine.available_host_bytes(), HOST_BYTES_PER_PARAM)
+    layers = 3 if bench.dry else size.layers(HOST_SHARE * bench.host_bytes(), HOST_BYTES_PER_PARAM)
     with bench.check("the largest model of Llama-3-8B's layers, offloaded") as row:
         bench.need(0 if bench.dry else 240)
         if layers < 1:

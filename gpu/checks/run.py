@@ -51,6 +51,11 @@ class Trained:
     def tokens_per_s(self, warmup):
         return self.steps[-1]["tokens"] / self.step_s(warmup)
 
+    def share(self, key, warmup):
+        """Of a step's time, or nothing if a run does not tell."""
+        shares = [step[key] / step["step_s"] for step in self.steps[warmup:] or self.steps if step.get(key) is not None]
+        return statistics.median(shares) if shares else None
+
     def peak(self, key):
         values = [step[key] for step in self.steps if step.get(key) is not None]
         return max(values, default=None)
@@ -79,6 +84,7 @@ class Bench:
         self.bin, self.device = options.bin, options.device
         self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         self.section, self.num_runs = "", 0
+        self.failed = options.out / "failed.txt"
         self.env = {key: value for key, value in os.environ.items() if key not in (
             "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SHARDWISE_FAULT")}
         folders = [*map(str, machine.library_folders()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -86,6 +92,7 @@ class Bench:
         compiler = next((path for path in machine.library_folders() if any(path.glob("libnvrtc.so.*"))), None)
         if compiler:
             self.env.setdefault("SHARDWISE_NVRTC", str(compiler))
+        self.env.setdefault("RUST_BACKTRACE", "1")
 
     @property
     def dry(self):
@@ -106,6 +113,10 @@ class Bench:
 
     def left(self):
         return self.deadline - time.monotonic()
+
+    def host_bytes(self):
+        """Host memory that runs may take. A virtual machine may have more than it shows before it is asked."""
+        return 1e9 * self.options.host_gb if self.options.host_gb else machine.available_host_bytes()
 
     def need(self, seconds):
         if self.left() < seconds:
@@ -149,6 +160,8 @@ class Bench:
         code, stderr, seconds, timed_out = self.watch(command, folder, dict(env), timeout, until)
         shutil.rmtree(folder / "out/model", ignore_errors=True)
         trained = Trained(folder / "out", code, stderr, seconds, timed_out)
+        if code not in (0, 128 + signal.SIGINT) or timed_out:
+            self.keep_words(command, code, timed_out, folder)
         if timed_out and self.left() <= 1:
             raise OutOfTime("the time is over")
         if self.dry and code == 2 and any(words in stderr for words in REFUSALS):
@@ -177,6 +190,16 @@ class Bench:
         stderr = (folder / "stderr").read_text(errors="replace")
         return process.returncode, stderr, time.monotonic() - began, timed_out
 
+    def keep_words(self, command, code, timed_out, folder, most=200):
+        """What a command that failed has said, and its ranks, in one file that stays: some failures are what a check looks for, others are
+        all that is left of a machine."""
+        logs = [folder / "stdout", folder / "stderr", *sorted(folder.glob("out/ranks/*.log"))]
+        with open(self.failed, "a", encoding="utf-8") as file:
+            print(f"=== {self.section}: {' '.join(map(str, command))}: exit code {code}{', took too long' if timed_out else ''}", file=file)
+            for log in (log for log in logs if log.is_file()):
+                lines = log.read_text(errors="replace").splitlines()
+                print(f"--- {log.name}", *lines[-most:], sep="\n", file=file)
+
     def end(self, process):
         """Ends a command's processes: kindly, so that the supervisor ends its ranks, then not."""
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
@@ -199,6 +222,7 @@ class Bench:
             raise OutOfTime("the time is over")
         told = [line for line in (folder / "stdout").read_text().splitlines() if line.startswith("{")]
         if code or not told:
+            self.keep_words(command, code, timed_out, folder)
             last = [line for line in stderr.splitlines() if line.strip()][-3:]
             raise Problem(f"PyTorch {'took too long' if timed_out else f'ended with {code}'}: {' / '.join(last)}")
         return SimpleNamespace(**json.loads(told[-1]))

@@ -4,7 +4,7 @@ import json
 from checks.report import Problem
 
 # What a track is about, by the first of these words in its name, or in the event's category.
-KINDS = {"copies": ("cop", "memcpy", "h2d", "d2h"), "collectives": ("coll", "comm", "nccl"), "compute": ("comput", "kernel")}
+KINDS = {"copies": ("cop", "activations", "memcpy", "h2d", "d2h"), "collectives": ("coll", "comm", "nccl"), "compute": ("comput", "kernel")}
 
 
 def run(bench):
@@ -18,6 +18,7 @@ def run(bench):
                 raise Problem(f"{path.name} is not there")
             spans = by_kind(read(path))
             row.add(**{f"rank_{rank}_spans": {kind: len(found) for kind, found in spans.items() if found}})
+            row.add(exposed_share=trained.share("exposed_comm_s", 2))
             for kind in ("copies", "collectives"):
                 row.add(**{f"rank_{rank}_{kind}_hidden": hidden_share(spans[kind], spans["compute"])})
             if not spans["compute"]:
@@ -54,9 +55,14 @@ def union(spans):
     return joined
 
 
+def length(spans):
+    """How long any of them is under way."""
+    return sum(end - start for start, end in union(spans))
+
+
 def hidden_share(spans, under):
     """How much of `spans` lies within `under`, or nothing if there are none."""
     spans, under = union(spans), union(under)
-    total = sum(end - start for start, end in spans)
+    total = length(spans)
     common = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in spans for b in under)
     return common / total if total else None
