@@ -101,9 +101,11 @@ mod tests {
             skipped_steps: 0,
             group_lrs: Vec::new(),
             exposed_comm_s: 0.0,
+            host_wait_s: None,
             comm_bytes: 0,
             peak_rss_mb: 100.0 + step as f64,
             device_peak_mb: None,
+            device_allocated_mb: None,
         }
     }
 

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardwise_comm::{Group, ProcessGroup};
+use shardwise_device::DeviceError;
 use shardwise_plan::pattern::matches_pattern;
 use shardwise_plan::pipeline::{Action, loss_turn};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{ActivationPolicy, ActivationRules, LayerSpec, ParamSpec};
 use shardwise_torch::{Device, FlatTensor, Tensor, memory};
-use shardwise_zero::{Groups, Zero, ZeroOptions};
+use shardwise_zero::{Groups, Zero, ZeroError, ZeroOptions};
 
 use crate::binding::{Binding, bind};
 use crate::gradients::PartialGradient;
@@ -208,7 +209,7 @@ impl Engine {
             head_chunk_rows: options.head_chunk_rows,
             seed: options.seed,
             observer: Box::new(|_| {}),
-            tensor: TensorParallel::new(ranks.tensor.clone(), options.sequence, home.place),
+            tensor: TensorParallel::new(ranks.tensor.clone(), options.sequence, home.clone()),
             transport,
             garage: Garage::new(&home)?,
             home,
@@ -294,9 +295,19 @@ impl Engine {
         self.ranks.sent_bytes() + self.transport.sent_bytes() + tied + heads
     }
 
-    /// Time so far in which this rank communicated or waited for it, and computed nothing.
-    pub fn exposed_comm(&self) -> Duration {
-        self.zero.exposed_comm() + self.transport.waited() + self.tensor.time()
+    /// Time so far in which this rank communicated or waited for it, and computed nothing. On a GPU what its compute stream stood still for:
+    /// collectives, messages and copies, and offloaded steps; so far as it has got, and nothing if that stream does not measure it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn exposed_comm(&self) -> Result<Duration, EngineError> {
+        match &self.home.gpu {
+            Some(gpu) => {
+                let stalled = gpu.stream().stalled().map_err(DeviceError::from);
+                Ok(stalled.map_err(ZeroError::from)?)
+            }
+            None => Ok(self.zero.exposed_comm() + self.transport.waited() + self.tensor.time()),
+        }
     }
 
     /// The sharded state.

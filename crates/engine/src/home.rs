@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use shardwise_device::cuda::SpanGuard;
+use shardwise_device::cuda::{SpanGuard, StallGuard};
 use shardwise_device::{DeviceError, Place, Slice, SliceMut};
 use shardwise_kernels::processor::GpuProcessor;
 use shardwise_torch::{Device, Tensor, cuda};
@@ -56,6 +56,11 @@ impl Home {
         let Some(gpu) = &self.gpu else { return Ok(None) };
         let span = gpu.stream().span(name).map_err(|error| ZeroError::from(DeviceError::from(error)))?;
         Ok(Some(span))
+    }
+
+    /// Has a GPU measure for how long it has nothing to do, as this thread waits for other ranks. What cannot be measured is left out.
+    pub fn stall(&self) -> Option<StallGuard<'_>> {
+        self.gpu.as_ref().and_then(|gpu| gpu.stream().stall().ok())
     }
 
     /// A contiguous tensor's elements, as [`slice_at`].

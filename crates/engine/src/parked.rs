@@ -31,6 +31,8 @@ pub(crate) struct Parked {
 #[derive(Debug)]
 enum Stored {
     Here(Tensor),
+    /// On its way up; the compute stream has to wait for the event before it reads it, or lets its memory go.
+    ComingUp(Arrival, Tensor),
     /// In pinned memory: size, type, elements.
     OnHost(Vec<i64>, Kind, Buffer),
 }
@@ -45,7 +47,14 @@ impl Parked {
     /// The input, a leaf as it was before.
     pub fn back(self, garage: Option<&mut Garage>, home: &Home) -> Result<Tensor, EngineError> {
         let Parked { stored, requires_grad } = self.fetched(garage, home)?;
-        let Stored::Here(tensor) = stored else { unreachable!("fetched") };
+        let tensor = match stored {
+            Stored::Here(tensor) => tensor,
+            Stored::ComingUp(arrival, tensor) => {
+                arrival.meet()?;
+                tensor
+            }
+            Stored::OnHost(..) => unreachable!("fetched"),
+        };
         Ok(tensor.f_detach()?.f_set_requires_grad(requires_grad)?)
     }
 
@@ -54,11 +63,35 @@ impl Parked {
         let Parked { stored, requires_grad } = self;
         let stored = match (stored, garage) {
             (Stored::OnHost(size, kind, buffer), Some(garage)) => {
-                Stored::Here(garage.fetch(&size, kind, buffer, home)?)
+                let (tensor, arrival) = garage.fetch(&size, kind, buffer, home)?;
+                Stored::ComingUp(arrival, tensor)
             }
             (stored, _) => stored,
         };
         Ok(Parked { stored, requires_grad })
+    }
+}
+
+/// The end of a copy to the GPU. What the compute stream does before it waits runs beside the copy.
+#[derive(Debug)]
+struct Arrival {
+    compute: std::sync::Arc<Stream>,
+    over: Option<Event>,
+}
+
+impl Arrival {
+    /// Has the compute stream wait for it.
+    fn meet(mut self) -> Result<(), EngineError> {
+        self.over.take().map_or(Ok(()), |over| gpu(self.compute.wait(&over)))
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        // Of a step that failed: libtorch gives the memory to later work of the compute stream.
+        if let Some(over) = self.over.take() {
+            let _ = self.compute.wait(&over);
+        }
     }
 }
 
@@ -96,7 +129,10 @@ impl Garage {
         let mut buffer = self.pool.take(dtype, input.numel()).map_err(device)?;
         self.follow(&self.copies, &self.compute)?;
         gpu(self.copies.copy(home.slice(&input), buffer.view_mut()))?;
-        let over = self.mark(&self.copies)?;
+        let over = self.mark(&self.copies).inspect_err(|_| {
+            // It still reads the input, which is about to go.
+            let _ = self.copies.synchronize();
+        })?;
         let (size, kind) = (input.size(), input.kind());
         self.leaving.push_back((input, over));
         while self.leaving.len() > MAX_LEAVING {
@@ -114,15 +150,15 @@ impl Garage {
         kind: Kind,
         buffer: Buffer,
         home: &Home,
-    ) -> Result<Tensor, EngineError> {
+    ) -> Result<(Tensor, Arrival), EngineError> {
         let mut tensor = Tensor::f_empty(size, (kind, home.device))?;
         // Its memory may be what the compute stream has just let go.
         self.follow(&self.copies, &self.compute)?;
         gpu(self.copies.copy(buffer.view(), home.slice_mut(&mut tensor)))?;
         // Whoever writes to the buffer next waits for this.
         self.pool.give_back(buffer);
-        self.follow(&self.compute, &self.copies)?;
-        Ok(tensor)
+        let arrival = Arrival { compute: self.compute.clone(), over: Some(self.mark(&self.copies)?) };
+        Ok((tensor, arrival))
     }
 
     /// Has `later` wait for what is queued on `earlier` now.

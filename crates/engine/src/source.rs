@@ -5,6 +5,8 @@ use std::ops::Range;
 use shardwise_kernels::philox;
 use shardwise_plan::{Init, ParamSpec};
 
+use crate::ops::threads;
+
 /// Any error, for callers' own sources.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -31,9 +33,11 @@ impl ParamSource for RandomInit {
         match param.init {
             Init::Zeros => out.fill(0.0),
             Init::Ones => out.fill(1.0),
-            Init::Normal { std } => philox::fill_normal(self.seed, &param.name, first, 0.0, std, out),
+            Init::Normal { std } => {
+                philox::fill_normal_on(threads(), self.seed, &param.name, first, 0.0, std, out);
+            }
             Init::Uniform { bound } => {
-                philox::fill_uniform(self.seed, &param.name, first, -bound, bound, out);
+                philox::fill_uniform_on(threads(), self.seed, &param.name, first, -bound, bound, out);
             }
         }
         Ok(())

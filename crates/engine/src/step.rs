@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use shardwise_device::cuda::wait_on_host;
 use shardwise_plan::pipeline::{Action, Payload, Piece};
-use shardwise_torch::Tensor;
+use shardwise_torch::{Device, Kind, Tensor};
 use shardwise_zero::StepReport;
 
 use crate::engine::give_up;
@@ -13,6 +14,17 @@ use crate::pass::{Half, Pass};
 use crate::source::BoxError;
 use crate::stage::Part;
 use crate::{Batch, Engine, EngineError, Phase};
+
+/// The sum of the losses of micro-batches, in their order; ranks of a tensor group have the same, and one of them tells it.
+fn sum_of(losses: &[Tensor]) -> Result<f64, EngineError> {
+    let Some((first, others)) = losses.split_first() else { return Ok(0.0) };
+    let all = if others.is_empty() { first.view([1]) } else { Tensor::f_stack(losses, 0)? };
+    // With the last of them all are on the host.
+    let all = wait_on_host(|| all.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double))?;
+    let mut values = vec![0.0; losses.len()];
+    all.f_copy_data(&mut values, losses.len())?;
+    Ok(values.iter().sum())
+}
 
 /// What a step did.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,12 +88,10 @@ impl Engine {
                 Action::ReduceGrads => {}
                 Action::Step => {
                     (self.observer)(Phase::Step);
-                    // Ranks of a tensor group have the same loss.
-                    let mut loss = 0.0;
-                    for part in progress.losses.drain(..).filter(|_| self.stage.tensor_rank == 0) {
-                        loss += part.f_double_value(&[])?;
-                    }
-                    step = Some(self.zero.step(lr, &[loss])?);
+                    let losses = std::mem::take(&mut progress.losses);
+                    let losses = if self.stage.tensor_rank == 0 { losses } else { Vec::new() };
+                    // Read after the norm was: a GPU is waited for once.
+                    step = Some(self.zero.step_telling(lr, || Ok::<_, EngineError>([sum_of(&losses)?]))?);
                     // All ranks have been in the step, and have taken every message before.
                     self.transport.finish()?;
                     (self.observer)(Phase::Idle);

@@ -6,19 +6,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, Group, ProcessGroup};
-use shardwise_device::{Place, Slice, SliceMut};
+use shardwise_device::{Slice, SliceMut};
 use shardwise_plan::zoo::SequenceParallel;
 use shardwise_torch::{Tensor, TorchError};
 
-use crate::slices::{slice_at, slice_mut_at};
+use crate::home::Home;
 
 /// The tensor-parallel ranks of a layer: how many there are, which one this is, what they keep between linear maps.
 #[derive(Clone)]
 pub struct TensorParallel {
     group: Group,
     sequence: SequenceParallel,
-    /// Where tensors are.
-    place: Place,
+    home: Home,
     /// What went wrong between ranks in a backward pass: libtorch carries only its text.
     failure: Arc<Mutex<Option<CommError>>>,
     /// Time in collectives so far.
@@ -26,9 +25,9 @@ pub struct TensorParallel {
 }
 
 impl TensorParallel {
-    /// The ranks of `group`, whose tensors are in the memory of `place`.
-    pub fn new(group: Group, sequence: SequenceParallel, place: Place) -> Self {
-        TensorParallel { group, sequence, place, failure: Arc::default(), nanoseconds: Arc::default() }
+    /// The ranks of `group`, whose tensors are at `home`.
+    pub(crate) fn new(group: Group, sequence: SequenceParallel, home: Home) -> Self {
+        TensorParallel { group, sequence, home, failure: Arc::default(), nanoseconds: Arc::default() }
     }
 
     /// How many ranks there are.
@@ -53,12 +52,12 @@ impl TensorParallel {
 
     /// A contiguous tensor's elements.
     pub(crate) fn slice<'a>(&self, tensor: &'a Tensor) -> Slice<'a> {
-        slice_at(tensor, self.place)
+        self.home.slice(tensor)
     }
 
     /// The elements of a contiguous tensor that nobody else has seen yet.
     pub(crate) fn slice_mut<'a>(&self, tensor: &'a mut Tensor) -> SliceMut<'a> {
-        slice_mut_at(tensor, self.place)
+        self.home.slice_mut(tensor)
     }
 
     /// Runs a collective of these ranks.
@@ -68,6 +67,7 @@ impl TensorParallel {
 
     /// Counts the time of a call as communication within layers.
     pub(crate) fn timed<T>(&self, call: impl FnOnce() -> T) -> T {
+        let _still = self.home.stall();
         let start = Instant::now();
         let result = call();
         self.nanoseconds.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);

@@ -102,6 +102,7 @@ impl Transport {
 
     /// Receives the next tensor of a channel.
     pub fn recv(&mut self, payload: Payload, from: usize) -> Result<Tensor, EngineError> {
+        let _still = self.home.stall();
         let start = Instant::now();
         let group =
             self.incoming.get(&(from, self.stage, payload)).expect("the schedule names every channel");

@@ -327,7 +327,11 @@ CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned int
     if (!event->record) return CUresult(OK);
     Operation op(Operation::WAIT);
     op.record = event->record;
-    return CUresult(enqueue(stream, std::move(op)));
+    auto record = event->record;
+    const int code = enqueue(stream, std::move(op));
+    // Whoever computes on a device's memory in the host's threads does so at once, and not when the stream has waited.
+    if (fake().host_access && !record->done) wait_until(guard, record->stream, [&] { return record->done; });
+    return CUresult(code);
 }
 
 CUresult CUDAAPI cuEventCreate(CUevent* handle, unsigned int flags) {

@@ -12,11 +12,14 @@
 //! at the end          report() ─► what is still alive and what went wrong, or nothing
 //! ```
 //!
+//! [`real_processor`] is the machine's own GPU, for tests that ask for one.
+//!
 //! Nothing here is for use outside of tests: what fails panics.
 
 #![allow(clippy::unwrap_used)] // a test's tool may panic anywhere
 
 mod host;
+mod real;
 mod words;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_long};
@@ -31,6 +34,7 @@ use shardwise_kernels::processor::{GpuProcessor, MachineCode};
 use tempfile::NamedTempFile;
 
 pub use host::{HostKernels, Order};
+pub use real::real_processor;
 pub use words::{cubin, module, on_gpu, pinned, stream, values};
 
 /// How eager the fake is to run work that nothing waits for.

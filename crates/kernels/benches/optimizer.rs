@@ -56,7 +56,8 @@ const KERNELS: [Case; 13] = [
         writes: 8,
         run: |x, n| {
             let states = States::F32([x.exp_avg]);
-            let tensors = Tensors { grad: x.grad, master: x.master, states, compute: ComputeCopy::None };
+            let tensors =
+                Tensors { grad: x.grad.into(), master: x.master, states, compute: ComputeCopy::None };
             LION.step_on(n, 0.5, tensors);
         },
     },
@@ -67,7 +68,8 @@ const KERNELS: [Case; 13] = [
         run: |x, n| {
             x.step += 1;
             let states = States::Bf16([x.copy], Noise::new(1, "bench", x.step, 0));
-            let tensors = Tensors { grad: x.grad, master: x.master, states, compute: ComputeCopy::None };
+            let tensors =
+                Tensors { grad: x.grad.into(), master: x.master, states, compute: ComputeCopy::None };
             LION.step_on(n, 0.5, tensors);
         },
     },
@@ -242,7 +244,7 @@ fn update(
         step: x.step,
     };
     let states = States::F32([x.exp_avg, x.exp_avg_sq]);
-    let tensors = Tensors { grad: x.grad, master: x.master, states, compute: compute(x.copy) };
+    let tensors = Tensors { grad: x.grad.into(), master: x.master, states, compute: compute(x.copy) };
     adam.step_on(threads, grad_scale, tensors);
 }
 

@@ -7,24 +7,42 @@
 #include "reduce.cuh"
 
 constexpr u64 BLOCK_NUMEL = 65536;
+constexpr int MAX_ARRAYS = 64;
 
-template <class T>
-struct SumOfSquares {
-    const T* x;
-    // One for each block of elements.
-    double* sums;
+struct Squared {
+    const void* x;
     u64 numel;
+    // Blocks of the arrays before this one.
+    u64 first_block;
+};
+
+// Many arrays at once: each alone would leave most of a device idle.
+struct SumsOfSquares {
+    // One for each block of elements, of all arrays.
+    double* blocks;
+    // One for each array.
+    double* totals;
+    u64 num_blocks;
+    u32 num_arrays;
+    Squared arrays[MAX_ARRAYS];
 };
 
 // A warp takes a block of elements, a lane one of its 32 sums.
 template <class T>
-__device__ __forceinline__ void sum_of_squares(const SumOfSquares<T>& p) {
-    const u64 num_blocks = (p.numel + BLOCK_NUMEL - 1) / BLOCK_NUMEL;
+__device__ __forceinline__ void sum_of_squares(const SumsOfSquares& p) {
     const u32 lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-    for (u64 block = u64(blockIdx.x) * warps + threadIdx.x / WARP; block < num_blocks; block += u64(gridDim.x) * warps) {
-        const u64 left = p.numel - block * BLOCK_NUMEL;
+    for (u64 block = u64(blockIdx.x) * warps + threadIdx.x / WARP; block < p.num_blocks; block += u64(gridDim.x) * warps) {
+        // The last array that begins at or before the block.
+        u32 low = 0, high = p.num_arrays;
+        while (high - low > 1) {
+            const u32 middle = (low + high) / 2;
+            if (p.arrays[middle].first_block <= block) low = middle;
+            else high = middle;
+        }
+        const Squared& array = p.arrays[low];
+        const u64 start = (block - array.first_block) * BLOCK_NUMEL, left = array.numel - start;
         const u32 numel = u32(left < BLOCK_NUMEL ? left : BLOCK_NUMEL);
-        const T* x = p.x + block * BLOCK_NUMEL;
+        const T* x = static_cast<const T*>(array.x) + start;
         double sum = 0.0;
         u32 at = lane;
         // Many loads under way, as few warps share the work.
@@ -42,13 +60,38 @@ __device__ __forceinline__ void sum_of_squares(const SumOfSquares<T>& p) {
             sum = fma(wide, wide, sum);
         }
         for (u32 width = WARP / 2; width > 0; width /= 2) sum += __shfl_down_sync(ALL_LANES, sum, width);
-        if (lane == 0) p.sums[block] = sum;
+        if (lane == 0) p.blocks[block] = sum;
     }
 }
 
-KERNEL(sum_of_squares_f32, SumOfSquares<float>) { sum_of_squares(p); }
-KERNEL(sum_of_squares_bf16, SumOfSquares<bf16>) { sum_of_squares(p); }
-KERNEL(sum_of_squares_f16, SumOfSquares<f16>) { sum_of_squares(p); }
+KERNEL(sum_of_squares_f32, SumsOfSquares) { sum_of_squares<float>(p); }
+KERNEL(sum_of_squares_bf16, SumsOfSquares) { sum_of_squares<bf16>(p); }
+KERNEL(sum_of_squares_f16, SumsOfSquares) { sum_of_squares<f16>(p); }
+
+// 0 + term 0 + term 1 + ..., by one thread of the block; the others fetch.
+__device__ __forceinline__ void add_in_order(const double* terms, u64 numel, double* sum) {
+    SHARED(double, fetched, [256]);
+    double total = 0.0;
+    for (u64 start = 0; start < numel; start += blockDim.x) {
+        const u64 left = numel - start, count = left < blockDim.x ? left : blockDim.x;
+        if (threadIdx.x < count) fetched[threadIdx.x] = terms[start + threadIdx.x];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (u32 i = 0; i < count; i++) total += fetched[i];
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *sum = total;
+}
+
+// The sums of an array's blocks in order. A block for each array.
+KERNEL(sum_blocks_in_order, SumsOfSquares) {
+    for (u32 array = blockIdx.x; array < p.num_arrays; array += gridDim.x) {
+        const u64 first = p.arrays[array].first_block;
+        const u64 end = array + 1 < p.num_arrays ? p.arrays[array + 1].first_block : p.num_blocks;
+        add_in_order(p.blocks + first, end - first, p.totals + array);
+    }
+}
 
 struct SumInOrder {
     const double* terms;
@@ -56,18 +99,5 @@ struct SumInOrder {
     u64 numel;
 };
 
-// 0 + term 0 + term 1 + ..., by one thread; the others of its block fetch. One block.
-KERNEL(sum_in_order, SumInOrder) {
-    SHARED(double, fetched, [256]);
-    double total = 0.0;
-    for (u64 start = 0; start < p.numel; start += blockDim.x) {
-        const u64 left = p.numel - start, count = left < blockDim.x ? left : blockDim.x;
-        if (threadIdx.x < count) fetched[threadIdx.x] = p.terms[start + threadIdx.x];
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            for (u32 i = 0; i < count; i++) total += fetched[i];
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) *p.total = total;
-}
+// One block.
+KERNEL(sum_in_order, SumInOrder) { add_in_order(p.terms, p.numel, p.total); }

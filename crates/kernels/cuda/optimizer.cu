@@ -5,6 +5,7 @@
 #include "numbers.cuh"
 
 enum CopyType : u32 { COPY_NONE = 0, COPY_BF16 = 1, COPY_F16 = 2 };
+enum GradType : u32 { GRAD_FLOAT = 0, GRAD_BF16 = 1, GRAD_F16 = 2 };
 
 struct Noise {
     u32 key[2];
@@ -14,15 +15,23 @@ struct Noise {
 
 template <class State, class Rule>
 struct Step {
-    const float* grad;
+    const void* grad;
     float* master;
     State* states[2];
     void* copy;
     u64 numel;
     Noise noise;
-    u32 copy_type;
+    u32 copy_type, grad_type;
     Rule rule;
 };
+
+// The gradient, widened. The type is the same for all threads of a launch, so that nobody takes another way.
+template <int N>
+__device__ __forceinline__ void load_grad(const void* grad, u32 type, u64 at, float (&x)[N]) {
+    if (type == GRAD_BF16) load(static_cast<const bf16*>(grad) + at, x);
+    else if (type == GRAD_F16) load(static_cast<const f16*>(grad) + at, x);
+    else load(static_cast<const float*>(grad) + at, x);
+}
 
 template <int N>
 __device__ __forceinline__ void store_copy(void* copy, u32 type, u64 at, const float (&x)[N]) {
@@ -34,12 +43,14 @@ __device__ __forceinline__ void store_copy(void* copy, u32 type, u64 at, const f
 template <class Rule>
 __device__ __forceinline__ void step(const Step<float, Rule>& p) {
     constexpr int V = VECTOR<float>, K = Rule::NUM_STATES;
-    bool vectors = aligned<V>(p.grad) && aligned<V>(p.master) && aligned<V>(static_cast<const u16*>(p.copy));
+    bool vectors = p.grad_type == GRAD_FLOAT ? aligned<V>(static_cast<const float*>(p.grad))
+                                             : aligned<V>(static_cast<const u16*>(p.grad));
+    vectors = vectors && aligned<V>(p.master) && aligned<V>(static_cast<const u16*>(p.copy));
     for (int s = 0; s < K; s++) vectors = vectors && aligned<V>(p.states[s]);
     for_each_in_grid<V>(p.numel, vectors, [&](auto lanes, u64 at) {
         constexpr int N = decltype(lanes)::COUNT;
         float grad[N], param[N], states[2][N] = {};
-        load(p.grad + at, grad);
+        load_grad(p.grad, p.grad_type, at, grad);
         load(p.master + at, param);
         UNROLL
         for (int s = 0; s < K; s++) load(p.states[s] + at, states[s]);
@@ -74,7 +85,7 @@ __device__ __forceinline__ void step(const Step<bf16, Rule>& p) {
         for (int w = 0; w < WORDS; w++) {
             const u64 at = number + w * BLOCKS - p.noise.first;  // wraps below the first
             if (at >= p.numel) continue;
-            load(p.grad + at, grad[w]);
+            load_grad(p.grad, p.grad_type, at, grad[w]);
             load(p.master + at, param[w]);
             UNROLL
             for (int s = 0; s < K; s++) load(p.states[s] + at, states[s][w]);

@@ -3,10 +3,13 @@
 
 #![allow(clippy::unwrap_used)] // a failed test may panic anywhere
 
+use std::cell::RefCell;
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use shardwise_device::cuda::{CudaError, Driver};
 use shardwise_device::{Buffer, DType, Memory, Place, Slice, SliceMut};
-use shardwise_fake_gpu::{ALL_WAYS, Eagerness, FakeCode, FakeGpu};
+use shardwise_fake_gpu::{ALL_WAYS, Eagerness, FakeCode, FakeGpu, real_processor};
 use shardwise_kernels::optimizer::{
     Adagrad, Adam, BiasCorrection, Direction, Lamb, Lion, Noise, Sgd, SquaredNorms, WeightDecay,
 };
@@ -79,19 +82,66 @@ impl Array {
     }
 }
 
+thread_local! {
+    /// The machine's own GPU instead of fakes.
+    static REAL: RefCell<Option<Arc<GpuProcessor>>> = const { RefCell::new(None) };
+}
+
 /// What `compute` leaves is the same on the host and on GPUs of all ways, which are clean afterwards.
 #[track_caller]
 fn compare(what: &str, compute: impl Fn(&Processor) -> Vec<Array>) {
     let expected = compute(&host());
-    for way in ALL_WAYS {
-        let fake = FakeGpu::new(way);
-        let got = compute(&Processor::Gpu(fake.processor(&fake.gpu())));
+    let compare_on = |processor, way: &str| {
+        let got = compute(&Processor::Gpu(processor));
         for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
             assert_eq!(got.dtype, expected.dtype);
-            assert!(got.bits() == expected.bits(), "{what}, result {index}, {way:?}");
+            assert!(got.bits() == expected.bits(), "{what}, result {index}, {way}");
         }
         assert_eq!(got.len(), expected.len());
+    };
+    if let Some(real) = REAL.with_borrow(Clone::clone) {
+        return compare_on(real, "on this machine's GPU");
+    }
+    for way in ALL_WAYS {
+        let fake = FakeGpu::new(way);
+        compare_on(fake.processor(&fake.gpu()), &format!("{way:?}"));
         assert_eq!(fake.report(), "", "{what}, {way:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn kernels_give_the_hosts_bits_on_this_machine() {
+    let real = real_processor();
+    REAL.set(Some(real.clone()));
+    pieces_are_packed_and_accumulated();
+    views_are_scaled_cast_and_zeroed();
+    every_number_of_16_bits_is_cast();
+    terms_of_ranks_are_summed_in_order();
+    sums_of_squares_are_the_hosts();
+    adam_steps_are_the_hosts();
+    sgd_steps_are_the_hosts();
+    lion_and_adagrad_steps_are_the_hosts();
+    lamb_steps_are_the_hosts();
+    REAL.set(None);
+    real.gpu().synchronize().unwrap();
+    assert_eq!(real.gpu().take_lost_error(), None);
+}
+
+#[test]
+fn every_number_of_16_bits_is_cast() {
+    for dtype in [DType::Bf16, DType::F16] {
+        let bytes = (0..=u16::MAX).flat_map(u16::to_ne_bytes).collect();
+        let all = Array { dtype, bytes };
+        compare(&format!("casts of {dtype}"), |processor| {
+            let from = all.put(processor, 0);
+            let cast = |dtype| {
+                let mut to = Buffer::allocate(dtype, all.numel(), &processor.memory()).unwrap();
+                processor.scale(from.view(), 1.0, to.view_mut()).unwrap();
+                Array::get(processor, to.view())
+            };
+            TYPES.map(cast).to_vec()
+        });
     }
 }
 
@@ -258,19 +308,23 @@ fn check_step<const K: usize>(
 ) {
     let mut random = Random(4);
     let copies = [None, Some(DType::Bf16), Some(DType::F16)];
-    for (case, (numel, offset)) in [(1, 0), (63, 3), (1025, 0), (5003, 1), (0, 2)].into_iter().enumerate() {
+    let sizes = [(1, 0), (63, 3), (1025, 0), (5003, 1), (0, 2)];
+    let types = [DType::F32, DType::Bf16, DType::F16];
+    for ((case, (numel, offset)), grad_type) in
+        sizes.into_iter().enumerate().flat_map(|case| types.map(|dtype| (case, dtype)))
+    {
         // bf16 states whose numbers begin in the middle of a group of random words.
         let noises = [None, Some(Noise::new(42, "layers.0.weight", 7, 77))];
         let noise = noises[case % 2];
         let copy = copies[case % 3];
         let state_type = if noise.is_some() { DType::Bf16 } else { DType::F32 };
-        let grad = random.any(DType::F32, numel);
+        let grad = random.any(grad_type, numel);
         let master = random.usual(DType::F32, numel, 2.0);
         let states: [Array; K] = std::array::from_fn(|_| {
             let positive = random.usual(DType::F32, numel, 0.1);
             Array::new(state_type, positive.bits().into_iter().map(|bits| f32::from_bits(bits).abs()))
         });
-        compare(&format!("{what}, {numel} elements, {copy:?}, {noise:?}"), |processor| {
+        compare(&format!("{what}, {numel} elements of {grad_type}, {copy:?}, {noise:?}"), |processor| {
             let (grad, mut master) = (grad.put(processor, offset), master.put(processor, offset));
             let mut states = states.each_ref().map(|state| state.put(processor, offset));
             let mut compute =

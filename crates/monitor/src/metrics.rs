@@ -25,7 +25,7 @@ pub enum Outcome {
 /// One optimizer step, over the whole world.
 ///
 /// # Units
-/// `peak_rss_mb` and `device_peak_mb` count 2^20 bytes.
+/// Names that end in `_mb` count 2^20 bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(into = "Line", from = "Line")]
 pub struct StepMetrics {
@@ -51,14 +51,20 @@ pub struct StepMetrics {
     pub skipped_steps: u64,
     /// Learning rate of each parameter group, in their order; empty if there is but one.
     pub group_lrs: Vec<f64>,
-    /// Time of this step in which the busiest rank was in collectives, or waited for them, and computed nothing.
+    /// Time of this step in which the busiest rank was in collectives, or waited for them, and computed nothing. On GPUs the time that
+    /// its computation stood still for collectives, copies and offloaded steps.
     pub exposed_comm_s: f64,
+    /// Time of this step in which the busiest thread waited for its GPU; `None` on CPU. Where it is hardly any, the host is late with work and
+    /// the GPU waits for it.
+    pub host_wait_s: Option<f64>,
     /// Sent by the busiest rank in this step.
     pub comm_bytes: u64,
     /// Peak resident memory so far, of the worst rank.
     pub peak_rss_mb: f64,
-    /// Peak device memory so far, of the worst rank; `None` on CPU.
+    /// The most device memory so far that was taken from the driver, of the worst rank; `None` on CPU.
     pub device_peak_mb: Option<f64>,
+    /// The most of it that tensors and buffers were in, of the worst rank; `None` on CPU.
+    pub device_allocated_mb: Option<f64>,
 }
 
 /// The object as it stands in the file.
@@ -80,8 +86,12 @@ struct Line {
     group_lrs: Vec<f64>,
     #[serde(default)]
     exposed_comm_s: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    host_wait_s: Option<f64>,
     peak_rss_mb: Option<f64>,
     device_peak_mb: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device_allocated_mb: Option<f64>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     non_finite: BTreeMap<String, NonFinite>,
 }
@@ -125,8 +135,10 @@ impl From<StepMetrics> for Line {
             skipped_steps: m.skipped_steps,
             group_lrs: m.group_lrs,
             exposed_comm_s: number("exposed_comm_s", m.exposed_comm_s),
+            host_wait_s: m.host_wait_s.and_then(|v| number("host_wait_s", v)),
             peak_rss_mb: number("peak_rss_mb", m.peak_rss_mb),
             device_peak_mb: m.device_peak_mb.and_then(|v| number("device_peak_mb", v)),
+            device_allocated_mb: m.device_allocated_mb.and_then(|v| number("device_allocated_mb", v)),
             non_finite,
         }
     }
@@ -156,8 +168,10 @@ impl From<Line> for StepMetrics {
             comm_bytes: line.comm_bytes,
             skipped_steps: line.skipped_steps,
             exposed_comm_s: number("exposed_comm_s", line.exposed_comm_s),
+            host_wait_s: line.host_wait_s.or_else(|| restored("host_wait_s")),
             peak_rss_mb: number("peak_rss_mb", line.peak_rss_mb),
             device_peak_mb: line.device_peak_mb.or_else(|| restored("device_peak_mb")),
+            device_allocated_mb: line.device_allocated_mb.or_else(|| restored("device_allocated_mb")),
         }
     }
 }
@@ -252,8 +266,10 @@ pub(crate) mod tests {
             skipped_steps: 2,
             group_lrs: Vec::new(),
             exposed_comm_s: 0.125,
+            host_wait_s: None,
             peak_rss_mb: 812.5,
             device_peak_mb: None,
+            device_allocated_mb: None,
         }
     }
 
@@ -269,6 +285,20 @@ pub(crate) mod tests {
              \"tokens\":4096,\"tokens_per_s\":8192.0,\"step_s\":0.5,\"comm_bytes\":1000000,\"skipped_steps\":2,\
              \"exposed_comm_s\":0.125,\"peak_rss_mb\":812.5,\"device_peak_mb\":null}"
         );
+    }
+
+    #[test]
+    fn a_gpu_has_keys_of_its_own() {
+        let m = StepMetrics {
+            host_wait_s: Some(0.25),
+            device_peak_mb: Some(2048.0),
+            device_allocated_mb: Some(1024.5),
+            ..example(1)
+        };
+        let text = serde_json::to_string(&m).unwrap();
+        let memory = "\"device_peak_mb\":2048.0,\"device_allocated_mb\":1024.5}";
+        assert!(text.contains("\"host_wait_s\":0.25,") && text.ends_with(memory), "{text}");
+        assert_eq!(round_trip(&m), m);
     }
 
     #[test]

@@ -87,7 +87,9 @@ impl TensorBoardWriter {
             ("memory/peak_rss_mb", metrics.peak_rss_mb),
         ];
         scalars.extend(metrics.loss_scale.map(|value| ("train/loss_scale", value)));
+        scalars.extend(metrics.host_wait_s.map(|value| ("throughput/host_wait_s", value)));
         scalars.extend(metrics.device_peak_mb.map(|value| ("memory/device_peak_mb", value)));
+        scalars.extend(metrics.device_allocated_mb.map(|value| ("memory/device_allocated_mb", value)));
         let groups: Vec<_> = (0..metrics.group_lrs.len()).map(|i| format!("train/lr_group_{i}")).collect();
         scalars.extend(groups.iter().map(String::as_str).zip(metrics.group_lrs.iter().copied()));
         self.write_scalars(metrics.step, SystemTime::now(), &scalars)

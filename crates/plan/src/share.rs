@@ -172,7 +172,7 @@ impl Step<'_> {
             calls: self.calls(share),
             num_groups: self.num_groups(share),
             compute_bytes: self.compute_bytes,
-            widths: self.widths,
+            widths: self.widths.of_run(self.mesh.world_size(), self.num_microbatches),
             microbatch_tokens: self.microbatch_tokens,
             grad_accum_steps: self.num_microbatches,
             overlap: self.overlap,

@@ -33,6 +33,12 @@ impl ZeroStage {
         self >= ZeroStage::Two
     }
 
+    /// Whether the gradients of micro-batches are summed where they are made, and only their sum is sent: to other ranks, or to the host
+    /// if state is offloaded.
+    pub fn sums_before_it_sends(self, grad_accum_steps: usize) -> bool {
+        grad_accum_steps > 1 && self.keeps_whole_gradients(grad_accum_steps)
+    }
+
     /// Whether a rank keeps the whole fp32 gradient while a step accumulates, rather than its shard. Without accumulation stage 1
     /// needs no more than stage 2.
     pub fn keeps_whole_gradients(self, grad_accum_steps: usize) -> bool {

@@ -82,11 +82,21 @@ char* sw_cuda_upload(at::Tensor* tensor, int32_t ordinal, at::Tensor** result) {
 }
 
 char* sw_cuda_set_deterministic(uint8_t on) {
-  return guarded([&] { at::globalContext().setDeterministicAlgorithms(on != 0, /*warn_only=*/false); });
+  return guarded([&] {
+    at::globalContext().setDeterministicAlgorithms(on != 0, /*warn_only=*/false);
+    // Nobody here reads what was not written: filling every new tensor would be a pass for nothing.
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+  });
+}
+
+char* sw_cuda_set_cudnn_attention(uint8_t on) {
+  return guarded([&] { at::globalContext().setSDPUseCuDNN(on != 0); });
 }
 
 char* sw_cuda_memory(int32_t ordinal, SwCudaMemory* memory) {
   return guarded([&] {
+    // Before, the allocator knows no device.
+    at::globalContext().lazyInitDevice(CUDA);
     const auto stats = allocator().getDeviceStats(static_cast<c10::DeviceIndex>(ordinal));
     const auto aggregate = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
     const auto& allocated = stats.allocated_bytes[aggregate];
@@ -98,7 +108,10 @@ char* sw_cuda_memory(int32_t ordinal, SwCudaMemory* memory) {
 }
 
 char* sw_cuda_reset_peak(int32_t ordinal) {
-  return guarded([&] { allocator().resetPeakStats(static_cast<c10::DeviceIndex>(ordinal)); });
+  return guarded([&] {
+    at::globalContext().lazyInitDevice(CUDA);
+    allocator().resetPeakStats(static_cast<c10::DeviceIndex>(ordinal));
+  });
 }
 
 char* sw_cuda_release_cached() {

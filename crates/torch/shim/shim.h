@@ -53,6 +53,8 @@ char* sw_cuda_use_stream(int32_t ordinal, void* stream);
 char* sw_cuda_upload(at::Tensor* tensor, int32_t ordinal, at::Tensor** result);
 // Operations that have a form without atomic additions take it; those that have none fail.
 char* sw_cuda_set_deterministic(uint8_t on);
+// Whether attention may take cuDNN's form, which is compiled anew for each shape.
+char* sw_cuda_set_cudnn_attention(uint8_t on);
 // libtorch's memory on a GPU: in use by tensors, and taken from the driver.
 struct SwCudaMemory {
   uint64_t allocated_bytes, peak_allocated_bytes, reserved_bytes, peak_reserved_bytes, num_device_allocations;

@@ -14,7 +14,7 @@ use tch::Tensor;
 use crate::TorchError;
 use crate::sys::{
     CudaMemory, adopt, check, raw, sw_cuda_load, sw_cuda_memory, sw_cuda_release_cached, sw_cuda_reset_peak,
-    sw_cuda_set_deterministic, sw_cuda_upload, sw_cuda_use_stream,
+    sw_cuda_set_cudnn_attention, sw_cuda_set_deterministic, sw_cuda_upload, sw_cuda_use_stream,
 };
 
 /// Whether operations have to give the same bits each time they run.
@@ -92,6 +92,16 @@ pub fn upload(tensor: &Tensor, ordinal: u32) -> Result<Tensor, TorchError> {
 pub fn set_determinism(determinism: Determinism) -> Result<(), TorchError> {
     // SAFETY: sets a flag of libtorch.
     check("set determinism", unsafe { sw_cuda_set_deterministic(u8::from(determinism == Determinism::On)) })
+}
+
+/// Lets attention take cuDNN's form, where libtorch finds it the fastest, or not. That form is compiled anew for each shape, which takes much
+/// longer than attention to a text that grows word by word. For the process; it is let at first.
+///
+/// # Errors
+/// What libtorch says.
+pub fn let_cudnn_attend(may: bool) -> Result<(), TorchError> {
+    // SAFETY: sets a flag of libtorch.
+    check("choose a form of attention", unsafe { sw_cuda_set_cudnn_attention(u8::from(may)) })
 }
 
 /// What libtorch has of GPU `ordinal`'s memory.

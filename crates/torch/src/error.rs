@@ -5,14 +5,14 @@
 #[non_exhaustive]
 pub enum TorchError {
     /// An operation called through tch failed.
-    #[error(transparent)]
+    #[error("{}", without_trace(&.0.to_string()))]
     Tch(#[from] tch::TchError),
     /// An operation called through the shim failed.
     #[error("libtorch: {operation}: {message}")]
     Shim {
         /// What was asked.
         operation: &'static str,
-        /// The first line of what libtorch said.
+        /// What libtorch said, without the calls that led there.
         message: String,
     },
     /// An operation of ours within a graph failed.
@@ -39,6 +39,12 @@ pub enum TorchError {
     },
 }
 
+/// What libtorch says of an error ends with the calls that led there, of which users know none.
+pub(crate) fn without_trace(message: &str) -> &str {
+    let end = message.find("\nException raised from").unwrap_or(message.len());
+    message[..end].trim_end()
+}
+
 impl TorchError {
     /// How to mend it, where that is known.
     pub fn hint(&self) -> Option<&'static str> {
@@ -52,5 +58,22 @@ impl TorchError {
             ),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_end_before_the_calls_that_led_there() {
+        let said = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation\nException raised from malloc at Alloc.cpp:1\nframe #0: ..";
+        assert_eq!(
+            without_trace(said),
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+        );
+        assert_eq!(without_trace("short"), "short");
+        let error = TorchError::from(tch::TchError::Torch(said.to_owned())).to_string();
+        assert!(error.ends_with("See the documentation"), "{error}");
     }
 }

@@ -5,6 +5,7 @@ use std::ffi::{CStr, c_char, c_void};
 use tch::Tensor;
 
 use crate::TorchError;
+use crate::error::without_trace;
 
 /// `at::Tensor`, always behind a pointer.
 #[repr(C)]
@@ -83,6 +84,7 @@ unsafe extern "C" {
         result: *mut *mut AtTensor,
     ) -> *mut c_char;
     pub(crate) fn sw_cuda_set_deterministic(on: u8) -> *mut c_char;
+    pub(crate) fn sw_cuda_set_cudnn_attention(on: u8) -> *mut c_char;
     pub(crate) fn sw_cuda_memory(ordinal: i32, memory: *mut CudaMemory) -> *mut c_char;
     pub(crate) fn sw_cuda_reset_peak(ordinal: i32) -> *mut c_char;
     pub(crate) fn sw_cuda_release_cached() -> *mut c_char;
@@ -126,6 +128,5 @@ pub(crate) fn text(message: *mut c_char) -> Option<String> {
 /// Turns the shim's message into a result.
 pub(crate) fn check(operation: &'static str, message: *mut c_char) -> Result<(), TorchError> {
     let Some(text) = text(message) else { return Ok(()) };
-    let message = text.lines().next().unwrap_or_default().to_owned();
-    Err(TorchError::Shim { operation, message })
+    Err(TorchError::Shim { operation, message: without_trace(&text).to_owned() })
 }

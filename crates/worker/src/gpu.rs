@@ -19,7 +19,7 @@ use shardwise_engine::Ranks;
 use shardwise_kernels::cuda::{CompiledCode, KernelCache, Nvrtc, Search, Source};
 use shardwise_kernels::processor::GpuProcessor;
 use shardwise_plan::Collectives;
-use shardwise_torch::{TorchError, cuda, library_folder};
+use shardwise_torch::{Kind, Tensor, TorchError, autograd, cuda, library_folder};
 
 use crate::failure::Failure;
 use crate::launch::Libraries;
@@ -34,6 +34,15 @@ pub struct RankGpu {
     processor: Arc<GpuProcessor>,
     /// Memory that a limit keeps from the run: held to the end.
     withheld: Vec<Buffer>,
+}
+
+/// The most that a run has had of a GPU's memory.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PeakMemory {
+    /// Taken from the driver.
+    pub reserved_bytes: usize,
+    /// In use by tensors and buffers.
+    pub allocated_bytes: usize,
 }
 
 impl RankGpu {
@@ -63,7 +72,7 @@ impl RankGpu {
         let ordinal = gpu_for_rank(local_rank, driver.num_gpus(), sharing).map_err(Failure::configuration)?;
         let gpu = driver.open(ordinal).map_err(Failure::configuration)?;
         gpu.require_dtype(dtype(config.precision.float_type())).map_err(Failure::configuration)?;
-        let stream = gpu.stream(Priority::Normal)?.named("compute");
+        let stream = gpu.stream(Priority::Normal)?.named("compute").measuring_stalls();
         cuda::load(ordinal).map_err(torch_failure)?;
         cuda::set_determinism(match config.cuda.determinism {
             Determinism::Off => cuda::Determinism::Off,
@@ -72,6 +81,8 @@ impl RankGpu {
         // SAFETY: our own stream of this GPU's primary context. The processor holds it, and the engine and this value hold that, to
         // the end of the run.
         unsafe { cuda::use_stream(ordinal, stream.as_raw()) }.map_err(torch_failure)?;
+        share_memory_with_libtorch(&gpu);
+        warm_up(ordinal)?;
         telemetry.phase("preparing kernels");
         let search = Search { given: libraries.nvrtc.clone(), libtorch: libtorch() };
         let nvrtc = Arc::new(Nvrtc::load(&search).map_err(Failure::configuration)?);
@@ -162,13 +173,34 @@ impl RankGpu {
         }
     }
 
-    /// The most that was ever taken of the GPU's memory: by libtorch, and by the state's buffers.
-    pub fn peak_bytes(&self) -> Result<usize, Failure> {
+    /// The most of the GPU's memory so far: libtorch's, and the state's buffers. The two peaks need not be of one moment.
+    pub fn peak_memory(&self) -> Result<PeakMemory, Failure> {
         let gpu = self.processor.gpu();
         let withheld: usize = self.withheld.iter().map(Buffer::num_bytes).sum();
         let torch = cuda::memory(gpu.ordinal())?;
-        Ok(torch.peak_reserved_bytes + gpu.held_memory().peak_device_bytes - withheld)
+        let ours = gpu.held_memory().peak_device_bytes - withheld;
+        Ok(PeakMemory {
+            reserved_bytes: torch.peak_reserved_bytes + ours,
+            allocated_bytes: torch.peak_allocated_bytes + ours,
+        })
     }
+}
+
+/// Memory that libtorch keeps for later is given back before a buffer of ours is refused.
+fn share_memory_with_libtorch(gpu: &Gpu) {
+    gpu.when_out_of_memory(|| {
+        // If it cannot, the buffer is refused as it would have been.
+        let _ = cuda::release_cached();
+    });
+}
+
+/// Multiplies, forward and backward: libraries take their memory now, and not when a model has filled the GPU.
+fn warm_up(ordinal: u32) -> Result<(), Failure> {
+    let small = Tensor::f_ones([8, 8], (Kind::Float, shardwise_torch::Device::Cuda(ordinal as usize)));
+    let small = small.map_err(TorchError::from)?.set_requires_grad(true);
+    let product = small.f_matmul(&small).and_then(|product| product.f_sum(Kind::Float));
+    autograd::grad(&[&product.map_err(TorchError::from)?], &[None], &[&small])?;
+    Ok(())
 }
 
 /// The folder that libtorch's `include/` and `lib/` are in.

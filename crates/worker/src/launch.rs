@@ -71,6 +71,19 @@ pub fn is_supervised() -> bool {
     env::var_os("SHARDWISE_EVENTS").is_some_and(|value| value == "1")
 }
 
+/// Sets what the driver reads when a GPU is opened, unless the user has: as many queues as there are, so that streams that share one do not
+/// wait for each other.
+///
+/// # Safety
+/// No other thread reads the environment now.
+pub unsafe fn prepare_environment() {
+    const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+    if env::var_os(CONNECTIONS).is_none() {
+        // SAFETY: as the caller promises.
+        unsafe { env::set_var(CONNECTIONS, "32") };
+    }
+}
+
 impl Launch {
     /// Reads `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`; without any of them this is a single
     /// rank.

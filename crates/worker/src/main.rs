@@ -126,6 +126,8 @@ const STOPPED: u8 = 128 + signal_hook::consts::SIGTERM as u8;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // SAFETY: there is no other thread yet.
+    unsafe { launch::prepare_environment() };
     // Unwinding, a rank leaves its groups and tells them so; then it tells the supervisor.
     let panic_place = note_panics();
     let outcome = panic::catch_unwind(|| match (cli.command, cli.train) {

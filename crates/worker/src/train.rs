@@ -9,6 +9,7 @@ use shardwise_checkpoint::state::{Attachment, Mesh};
 use shardwise_comm::shm::{self, ShmOptions};
 use shardwise_config::{EvalSource, Loaded, RunConfig};
 use shardwise_data::Loader;
+use shardwise_device::cuda::host_waited;
 use shardwise_engine::{Batch, BoxError, Engine, Ranks, TrainReport};
 use shardwise_kernels::Threads;
 use shardwise_monitor::{Outcome, PrintEvery, RunDir, StepMetrics, peak_rss_bytes};
@@ -141,6 +142,7 @@ pub fn run(args: &TrainArgs, launch: &Launch) -> Result<End, Failure> {
                 std::fs::copy(&text.path, dir.model().join("tokenizer.json"))?;
             }
             telemetry.phase("writing a sample");
+            gpu.iter().try_for_each(|_| cuda::let_cudnn_attend(false))?;
             run.sample(&mut engine, &model, text)?;
         }
     }
@@ -179,7 +181,8 @@ impl Run<'_> {
                 engine.zero_mut().set_momentum(momentum)?;
             }
             let sent_before = engine.sent_bytes();
-            let exposed_before = engine.exposed_comm();
+            let exposed_before = engine.exposed_comm()?;
+            let waited_before = host_waited();
             let data_rank = engine.ranks().at().data;
             let start = Instant::now();
             let report = engine.train_step(lr, |microbatch| self.batch(data_rank, step, microbatch))?;
@@ -187,7 +190,9 @@ impl Run<'_> {
             engine.zero().drain()?;
             let step_s = start.elapsed().as_secs_f64();
             self.tracer.end_step(step + 1, start, engine)?;
-            let exposed_s = (engine.exposed_comm() - exposed_before).as_secs_f64();
+            let exposed_s = (engine.exposed_comm()? - exposed_before).as_secs_f64();
+            let waited_s = (host_waited() - waited_before).as_secs_f64();
+            let memory = self.gpu.map(RankGpu::peak_memory).transpose()?.unwrap_or_default();
             let sent = engine.sent_bytes() - sent_before;
             let stop = self.stop.load(Ordering::Relaxed);
             // One exchange after the step: what is the same on all ranks afterwards includes the wish to stop.
@@ -198,11 +203,13 @@ impl Run<'_> {
                 exposed_s,
                 f64::from(u8::from(stop)),
                 self.saver.standing(),
-                self.gpu.map_or(Ok(0), RankGpu::peak_bytes)? as f64,
+                memory.reserved_bytes as f64,
+                memory.allocated_bytes as f64,
+                waited_s,
             ];
             let ranks = engine.zero().exchange(&mine)?;
             let most = |i: usize| ranks.iter().map(|rank| rank[i]).fold(0.0, f64::max);
-            let most_of = [most(0), most(1), most(2), most(3), most(6)];
+            let most_of = [most(0), most(1), most(2), most(3), most(6), most(7), most(8)];
             self.telemetry.step(self.metrics(step + 1, lr, &report, most_of))?;
             self.saver.proceed(ranks.iter().map(|rank| rank[5]))?;
             match report.step.outcome {
@@ -272,8 +279,10 @@ impl Run<'_> {
         Ok(Batch { input: tensor(&batch.input)?, target: tensor(&batch.target)?, first_row })
     }
 
-    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 5]) -> StepMetrics {
-        let [sent_bytes, rss_bytes, step_s, exposed_comm_s, device_bytes] = most;
+    fn metrics(&self, step: u64, lr: f64, report: &TrainReport, most: [f64; 7]) -> StepMetrics {
+        let [sent_bytes, rss_bytes, step_s, exposed_comm_s, device_bytes, allocated_bytes, waited_s] = most;
+        let on_gpu = |value: f64| self.gpu.map(|_| value);
+        let mib = |bytes: f64| bytes / (1u64 << 20) as f64;
         let tokens = (self.config.batch.global_batch_size * self.config.data.seq_len) as u64;
         StepMetrics {
             step,
@@ -292,8 +301,10 @@ impl Run<'_> {
             group_lrs: self.config.train.groups.iter().map(|group| lr * group.lr_scale).collect(),
             exposed_comm_s,
             comm_bytes: sent_bytes as u64,
-            peak_rss_mb: rss_bytes / (1u64 << 20) as f64,
-            device_peak_mb: self.gpu.map(|_| device_bytes / (1u64 << 20) as f64),
+            host_wait_s: on_gpu(waited_s),
+            peak_rss_mb: mib(rss_bytes),
+            device_peak_mb: on_gpu(mib(device_bytes)),
+            device_allocated_mb: on_gpu(mib(allocated_bytes)),
         }
     }
 

@@ -28,7 +28,7 @@ use shardwise_plan::memory::{NUM_GOING_DOWN, NUM_REDUCING};
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
-use crate::unit::{Down, Fold, GradState, Landing, Unit};
+use crate::unit::{Down, Fold, GradState, Landing, Trained, Unit};
 use crate::{Zero, ZeroError};
 
 /// Reductions under way on the side thread: one runs while the next is being filled.
@@ -64,8 +64,7 @@ impl Zero {
         }
         trained.num_reduced += 1;
         self.settle(unit)?; // the previous micro-batch's reduction
-        let is_whole_kept = self.options.stage.keeps_whole_gradients(accum) && !self.lane.is_alone();
-        if self.tiers.offloads_optimizer().is_some() && !is_whole_kept {
+        if self.tiers.offloads_optimizer().is_some() && !self.sums_before_it_sends {
             let flat = self.outgoing(self.options.compute, &parts)?;
             let fold = if microbatch == 0 { Fold::Set } else { Fold::Add };
             self.send_down(unit, flat, fold)?;
@@ -116,17 +115,25 @@ impl Zero {
 
     /// Starts to bring one gradient of a unit to the host, summed over ranks where there are several.
     fn send_down(&mut self, unit: usize, sent: Buffer, fold: Fold) -> Result<(), ZeroError> {
-        let copies = self.tiers.offloads_optimizer().expect("asked by the caller");
+        let copies = self.tiers.offloads_optimizer().expect("asked by the caller").clone();
         let shard_numel = self.units[unit].layout.shard_numel();
         let (summed, told) = match self.lane.is_alone() {
             true => (None, sent.dtype()),
             false => (Some(self.pool.take(DType::F32, shard_numel)?), DType::F32),
         };
-        let host_pool = self.host_pool.as_mut().expect("there is one where state is offloaded");
-        let told = host_pool.take(told, shard_numel)?;
-        let work = self.lane.reduce_down(Down { sent, summed, told }, copies)?;
+        let told = match self.takes_as_it_is(unit, told, fold) {
+            true => self.trained_mut(unit).offloaded.take().expect("just looked at"),
+            false => self.step_pool().take(told, shard_numel)?,
+        };
+        let work = self.lane.reduce_down(Down { sent, summed, told }, &copies)?;
         *self.grad_mut(unit) = GradState::ToHost { work, fold };
         Ok(())
+    }
+
+    /// Whether what goes down, in numbers of type `told`, is the gradient that a step reads: it goes right to its place.
+    fn takes_as_it_is(&self, unit: usize, told: DType, fold: Fold) -> bool {
+        let trained = self.units[unit].trained.as_ref().expect("only trainable units are reduced");
+        fold == Fold::Set && trained.offloaded.as_ref().is_some_and(|grad| grad.dtype() == told)
     }
 
     /// The pool of what the optimizer computes on.
@@ -219,7 +226,8 @@ impl Zero {
         range: Range<usize>,
         fold: Fold,
     ) -> Result<Buffer, ZeroError> {
-        if fold == Fold::Set && buffer.dtype() == DType::F32 {
+        let as_it_is = self.lane.is_alone() && buffer.dtype() == self.options.compute;
+        if fold == Fold::Set && (as_it_is || buffer.dtype() == DType::F32) {
             return self.reduce_scatter(parts, buffer, range);
         }
         let mut buffer = buffer;
@@ -230,7 +238,7 @@ impl Zero {
         Ok(buffer)
     }
 
-    /// Reduce-scatters one micro-batch's `parts` into `range` of `output`, which is in f32, and waits.
+    /// Reduce-scatters one micro-batch's `parts` into `range` of `output`, and waits. It is in f32, or, of a rank that is alone, in their type.
     fn reduce_scatter(
         &mut self,
         parts: &[Part<'_>],
@@ -273,7 +281,11 @@ impl Zero {
             self.pool.give_back(summed);
         }
         let trained = self.units[unit].trained.as_mut().expect("only trainable units are reduced");
-        let grad = trained.offloaded.as_mut().expect("allocated where state is offloaded").view_mut();
+        let Some(grad) = &mut trained.offloaded else {
+            trained.offloaded = Some(told);
+            return Ok(GradState::OnHost);
+        };
+        let grad = grad.view_mut();
         match fold {
             Fold::Set => self.tiers.stepper.scale(told.view(), 1.0, grad)?,
             Fold::Add => self.tiers.stepper.accumulate(&[Piece::Data(told.view())], grad)?,
@@ -338,7 +350,11 @@ impl Zero {
     }
 
     fn grad_mut(&mut self, unit: usize) -> &mut GradState {
-        &mut self.units[unit].trained.as_mut().expect("only trainable units are reduced").grad
+        &mut self.trained_mut(unit).grad
+    }
+
+    fn trained_mut(&mut self, unit: usize) -> &mut Trained {
+        self.units[unit].trained.as_mut().expect("only trainable units are reduced")
     }
 }
 

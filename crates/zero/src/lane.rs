@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardwise_comm::{CommError, CommQueue, Group, ProcessGroup, Work};
-use shardwise_device::cuda::Stream;
+use shardwise_device::cuda::{StallGuard, Stream};
 use shardwise_device::{Buffer, DeviceError, Slice, SliceMut};
 
 use crate::unit::Down;
@@ -22,34 +22,48 @@ pub(crate) struct Lane {
     queue: Option<CommQueue>,
     /// Time in collectives of the caller's thread.
     inline: Cell<Duration>,
+    /// What computes on a GPU, and has nothing to do while the caller's thread waits.
+    compute: Option<Arc<Stream>>,
 }
 
 /// A result that is here, or under way.
 #[must_use]
 pub(crate) enum Pending<T> {
     Ready(T),
-    UnderWay(Work<T>),
+    UnderWay(Work<T>, Option<Arc<Stream>>),
     /// As `UnderWay`, of work that is not communication alone.
-    Mixed(Work<Result<T, ZeroError>>),
+    Mixed(Work<Result<T, ZeroError>>, Option<Arc<Stream>>),
+}
+
+/// Has `compute` measure for how long it has nothing to do. A moment that cannot be measured is left out.
+fn stall(compute: &Option<Arc<Stream>>) -> Option<StallGuard<'_>> {
+    compute.as_ref().and_then(|stream| stream.stall().ok())
 }
 
 impl<T> Pending<T> {
     pub fn wait(self) -> Result<T, ZeroError> {
         match self {
             Pending::Ready(value) => Ok(value),
-            Pending::UnderWay(work) => Ok(work.wait()?),
-            Pending::Mixed(work) => work.wait()?,
+            Pending::UnderWay(work, compute) => {
+                let _still = stall(&compute);
+                Ok(work.wait()?)
+            }
+            Pending::Mixed(work, compute) => {
+                let _still = stall(&compute);
+                work.wait()?
+            }
         }
     }
 }
 
 impl Lane {
-    pub fn new(groups: Groups, overlap: Overlap) -> Result<Self, ZeroError> {
+    /// For ranks that compute on the stream `compute`, or on the host.
+    pub fn new(groups: Groups, overlap: Overlap, compute: Option<Arc<Stream>>) -> Result<Self, ZeroError> {
         let queue = match overlap {
             Overlap::Inline => None,
             Overlap::SideThread => Some(CommQueue::new(groups.data.clone())?),
         };
-        Ok(Lane { groups, queue, inline: Cell::default() })
+        Ok(Lane { groups, queue, inline: Cell::default(), compute })
     }
 
     pub fn groups(&self) -> &Groups {
@@ -71,6 +85,7 @@ impl Lane {
     }
 
     fn timed<T>(&self, group: &Group, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
+        let _still = stall(&self.compute);
         let start = Instant::now();
         let result = call(&**group);
         self.inline.set(self.inline.get() + start.elapsed());
@@ -84,7 +99,7 @@ impl Lane {
     ) -> Result<Pending<T>, ZeroError> {
         Ok(match &self.queue {
             None => Pending::Ready(self.timed(&self.groups.data, call)?),
-            Some(queue) => Pending::UnderWay(queue.submit(call)),
+            Some(queue) => Pending::UnderWay(queue.submit(call), self.compute.clone()),
         })
     }
 
@@ -168,7 +183,7 @@ impl Lane {
         };
         Ok(match &self.queue {
             None => Pending::Ready(self.timed(&self.groups.data, call)?),
-            Some(queue) => Pending::Mixed(queue.submit(move |group| Ok(call(group)))),
+            Some(queue) => Pending::Mixed(queue.submit(move |group| Ok(call(group))), self.compute.clone()),
         })
     }
 

@@ -13,7 +13,7 @@ use crate::algorithm::{Algorithm, not_negative};
 use crate::lane::sum_of;
 use crate::unit::{GradState, Trained, Unit};
 use crate::update::Update;
-use crate::{StepReport, Zero, ZeroError};
+use crate::{Optimizer, StepReport, Zero, ZeroError};
 
 /// A gradient in 16 bits while another is in its place: `Trained::grad` and `Trained::offloaded`.
 type NarrowGradient = (GradState, Option<Buffer>);
@@ -35,10 +35,29 @@ impl Zero {
     /// # Source
     /// The kernels' own; clipping as in `torch.nn.utils.clip_grad_norm_`.
     pub fn step(&mut self, lr: f64, scalars: &[f64]) -> Result<StepReport, ZeroError> {
+        self.step_telling(lr, || Ok(scalars))
+    }
+
+    /// [`Zero::step`] with scalars that are asked for once the norm is known: a GPU that has made them has made all else by then.
+    ///
+    /// # Collective
+    /// As [`Zero::step`].
+    /// # Errors
+    /// As [`Zero::step`], and those of `scalars`.
+    pub fn step_telling<S: AsRef<[f64]>, E: From<ZeroError>>(
+        &mut self,
+        lr: f64,
+        scalars: impl FnOnce() -> Result<S, E>,
+    ) -> Result<StepReport, E> {
         not_negative("lr", lr)?;
         let mut mine = vec![self.owned_sum_of_squares()?];
-        mine.extend_from_slice(scalars);
-        let mut sums = sum_of(&self.lane.exchange_over_world(&mine)?, mine.len());
+        mine.extend_from_slice(scalars()?.as_ref());
+        Ok(self.step_with(lr, &mine)?)
+    }
+
+    /// The step, given this rank's part of the squared norm and its scalars.
+    fn step_with(&mut self, lr: f64, mine: &[f64]) -> Result<StepReport, ZeroError> {
+        let mut sums = sum_of(&self.lane.exchange_over_world(mine)?, mine.len());
         let sum_of_squares = sums.remove(0);
         let scale = self.scaler.scale();
         let unscale = self.reduction.after / scale;
@@ -89,11 +108,13 @@ impl Zero {
         Ok(())
     }
 
-    /// Puts an fp32 copy of the owned gradient in the place of one that is kept in 16 bits: the update reads fp32.
+    /// Puts an fp32 copy of the owned gradient in the place of one that is kept in 16 bits, for optimizers whose update reads fp32. The others'
+    /// widen it themselves.
     fn widen_gradient(&mut self, unit: usize) -> Result<Option<NarrowGradient>, ZeroError> {
+        let optimizer_reads_f32 = matches!(self.options.optimizer, Optimizer::Lamb(_) | Optimizer::Muon(_));
         let Zero { units, tiers, pool, host_pool, .. } = self;
         let Unit { owned, trained: Some(trained), .. } = &mut units[unit] else { return Ok(None) };
-        if self.reduction.sums == DType::F32 {
+        if self.reduction.sums == DType::F32 || !optimizer_reads_f32 {
             return Ok(None);
         }
         let mut wide = host_pool.as_mut().unwrap_or(pool).take(DType::F32, owned.len())?;

@@ -11,7 +11,8 @@
 //! changes no bit of a number in an exponent range as wide as f32's, so where everything is f32 or bf16 such a
 //! division is left to the step. It is carried out for f16, and for all other divisors.
 //!
-//! One rank sends nothing: its gradients are neither divided nor cast.
+//! One rank sends nothing: its gradients are neither divided nor cast. Where it is the only rank of the run and there is one micro-batch, the
+//! gradient that layers made is the sum: it stays in their type, and the step widens it, which is exact.
 
 use shardwise_device::DType;
 
@@ -72,13 +73,18 @@ pub(crate) struct Reduction {
 }
 
 impl Reduction {
+    /// For `num_ranks` data-parallel ranks, one of which may be the `only_rank` of the run.
     pub fn new(
         options: &ReductionOptions,
         compute: DType,
         grad_accum_steps: usize,
         num_ranks: usize,
+        only_rank: bool,
     ) -> Self {
-        let sums = options.accumulation_dtype;
+        let sums = match options.accumulation_dtype {
+            DType::F32 if only_rank && grad_accum_steps == 1 => compute,
+            dtype => dtype,
+        };
         let communication = options.communication_dtype.filter(|_| num_ranks > 1);
         let mean = match options.op {
             GradientOp::Mean => 1.0 / (grad_accum_steps * num_ranks) as f64,
@@ -130,7 +136,7 @@ mod tests {
                 for compute in [DType::F32, DType::F16] {
                     for (op, expected) in [(GradientOp::Mean, 4 * num_ranks), (GradientOp::Sum, 4)] {
                         let options = ReductionOptions { predivide, op, ..ReductionOptions::default() };
-                        let reduction = Reduction::new(&options, compute, 4, num_ranks);
+                        let reduction = Reduction::new(&options, compute, 4, num_ranks, num_ranks == 1);
                         let product = f64::from(reduction.before) * reduction.after * expected as f64;
                         assert!((product - 1.0).abs() < 1e-15, "{options:?}: {product}");
                     }
@@ -140,10 +146,22 @@ mod tests {
     }
 
     #[test]
+    fn a_sum_of_one_gradient_is_kept_as_it_is() {
+        let sums = |dtype, accum, only| {
+            let options = ReductionOptions { accumulation_dtype: dtype, ..ReductionOptions::default() };
+            Reduction::new(&options, DType::Bf16, accum, 1, only).sums
+        };
+        assert_eq!(sums(DType::F32, 1, true), DType::Bf16);
+        assert_eq!(sums(DType::F16, 1, true), DType::F16, "as asked for: it rounds");
+        // Micro-batches, and the uses of a table on other pipeline stages, are summed.
+        assert_eq!((sums(DType::F32, 2, true), sums(DType::F32, 1, false)), (DType::F32, DType::F32));
+    }
+
+    #[test]
     fn only_what_shows_is_done_early() {
         let before = |predivide, compute, communication_dtype, num_ranks| {
             let options = ReductionOptions { predivide, communication_dtype, ..ReductionOptions::default() };
-            Reduction::new(&options, compute, 1, num_ranks).before
+            Reduction::new(&options, compute, 1, num_ranks, num_ranks == 1).before
         };
         assert_eq!(before(Predivide::ByNumRanks, DType::F32, None, 4), 1.0);
         assert_eq!(before(Predivide::ByNumRanks, DType::F16, None, 4), 0.25);

@@ -49,13 +49,19 @@ pub(crate) enum Shown {
     ToWrite,
 }
 
+/// A stream for each direction: a link carries both at once, and what goes up need not wait for what goes down.
+struct Copies {
+    up: Arc<Stream>,
+    down: Arc<Stream>,
+}
+
 pub(crate) struct Tiers {
     /// Computes on compute copies and on gradients as they come.
     pub device: Processor,
     /// Computes on the state of the optimizer.
     pub stepper: Processor,
     /// Copies between the two, where they are apart.
-    copies: Option<Arc<Stream>>,
+    copies: Option<Copies>,
     /// Where shards of the compute copy lie.
     params: Tier,
     /// Where the next parameters are written if their place is elsewhere: while one is on its way there, the other is written.
@@ -75,29 +81,32 @@ impl Tiers {
             Tier::Device => device.clone(),
             Tier::Host => host,
         };
-        let copies =
-            Some(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?.named("copies")));
+        let stream = |name| -> Result<_, ZeroError> {
+            Ok(Arc::new(gpu.gpu().stream(Priority::High).map_err(DeviceError::from)?.named(name)))
+        };
+        let copies = Some(Copies { up: stream("copies up")?, down: stream("copies down")? });
         Ok(Tiers { device, stepper, copies, params, transfers: [None, None] })
     }
 
-    /// The stream of copies to and from the host, if what `apart` says is apart.
-    fn stream(&self, apart: bool) -> Option<&Arc<Stream>> {
+    /// The streams of copies to and from the host, if what `apart` says is apart.
+    fn copies(&self, apart: bool) -> Option<&Copies> {
         self.copies.as_ref().filter(|_| apart)
     }
 
-    /// The stream on which gradients go down and parameters up, if the host computes the steps of a GPU's model.
+    /// The stream on which gradients go down, if the host computes the steps of a GPU's model.
     pub fn offloads_optimizer(&self) -> Option<&Arc<Stream>> {
-        self.stream(matches!(self.stepper, Processor::Host(_)))
+        self.copies(matches!(self.stepper, Processor::Host(_))).map(|copies| &copies.down)
     }
 
     /// The stream on which shards of parameters go up, if they are kept on the host.
     pub fn offloads_params(&self) -> Option<&Arc<Stream>> {
-        self.stream(self.params == Tier::Host)
+        self.copies(self.params == Tier::Host).map(|copies| &copies.up)
     }
 
     /// The stream on which new parameters go to `place`, if they are computed elsewhere.
     pub fn transfers_to(&self, place: Place) -> Option<&Arc<Stream>> {
-        self.stream(self.state_memory().place() != place)
+        let copies = self.copies(self.state_memory().place() != place)?;
+        Some(if place == Place::Cpu { &copies.down } else { &copies.up })
     }
 
     /// Where the optimizer's state lies.

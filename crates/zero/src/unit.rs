@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use shardwise_device::{Buffer, Slice};
+use shardwise_device::{Buffer, DType, Slice};
 use shardwise_plan::{UnitLayout, ZeroStage};
 
 use crate::lane::Pending;
@@ -41,7 +41,7 @@ pub(crate) struct Trained {
     pub master: Option<Buffer>,
     pub grad: GradState,
     /// The gradient that a step reads, where that is on the host and the model is not: of the owned range. `grad` then has what
-    /// is still on the GPU.
+    /// is still on the GPU, or on its way down, for which this may be on loan.
     pub offloaded: Option<Buffer>,
     /// Micro-batches reduced since the last step.
     pub num_reduced: usize,
@@ -104,9 +104,10 @@ impl Unit {
     }
 
     /// Bytes held, without what is gathered for now. A buffer on loan to a collective counts as what comes back.
-    pub fn state_bytes(&self, options: &ZeroOptions) -> StateBytes {
+    /// Sums of gradients are of type `sums`.
+    pub fn state_bytes(&self, options: &ZeroOptions, sums: DType) -> StateBytes {
         let ZeroOptions { stage, compute, grad_accum_steps, .. } = *options;
-        let grad_bytes = options.reduction.accumulation_dtype.size_bytes();
+        let grad_bytes = sums.size_bytes();
         let (all, shard) = (self.layout.padded_numel, self.layout.shard_numel());
         let params = match &self.params {
             ParamState::Resident(copy)
@@ -123,6 +124,10 @@ impl Unit {
             master_params: trained.master.as_ref().map_or(0, Buffer::num_bytes),
             optimizer: states.map(|state| state.values.num_bytes()).sum(),
             grads: trained.offloaded.as_ref().map_or(0, Buffer::num_bytes)
+                + match &trained.grad {
+                    GradState::ToHost { .. } if trained.offloaded.is_none() => self.owned.len() * grad_bytes,
+                    _ => 0,
+                }
                 + match &trained.grad {
                     GradState::Full(grad) | GradState::Shard(grad) => grad.num_bytes(),
                     GradState::ReducingFull(_) => all * grad_bytes,

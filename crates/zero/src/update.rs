@@ -207,8 +207,12 @@ impl Piece {
                 let muon = Muon { lr, momentum, direction, weight_decay };
                 let Moved { grad, master, compute, .. } = moved;
                 let (grad, master) = (grad.typed()?, master.typed()?);
-                let tensors =
-                    Tensors { grad, master, states: States::F32([]), compute: compute_copy(compute)? };
+                let tensors = Tensors {
+                    grad: grad.into(),
+                    master,
+                    states: States::F32([]),
+                    compute: compute_copy(compute)?,
+                };
                 muon.apply_on(threads, [shape[0], shape[1]], tensors);
             }
         }

@@ -24,12 +24,14 @@ use crate::{Groups, LossScalerState, LossScaling, Optimizer, Placement, StateByt
 pub type Fill<'a> = dyn FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
     + 'a;
 
-/// Elements filled at a time, so that birth needs no second copy of anything.
-pub(crate) const FILL_NUMEL: usize = 1 << 20;
+/// Elements filled at a time, so that birth needs no second copy of anything: enough to be worth several threads.
+pub(crate) const FILL_NUMEL: usize = 1 << 22;
 
 /// All model state of one rank.
 pub struct Zero {
     pub(crate) options: ZeroOptions,
+    /// Whether micro-batches are summed before anything is sent. One rank does so too, where the run asked for stage 0 or 1.
+    pub(crate) sums_before_it_sends: bool,
     pub(crate) lane: Lane,
     pub(crate) placement: Placement,
     /// In the data group.
@@ -99,6 +101,7 @@ impl Zero {
             let (unit, expected) = (wrong.name.clone(), wrong.num_shards);
             return Err(ZeroError::WrongGroup { unit, expected, got: group_size });
         }
+        let sums_before_it_sends = options.stage.sums_before_it_sends(options.grad_accum_steps);
         // One rank keeps all of the state in every stage, and has nobody to gather it from.
         let options = match group_size {
             1 => ZeroOptions { stage: ZeroStage::Zero, overlap: Overlap::Inline, ..options },
@@ -110,7 +113,8 @@ impl Zero {
             let expected = "`device` in stage 0 on several ranks: each would step all of the model";
             return Err(ZeroError::WrongOption { option, got, expected });
         }
-        let lane = Lane::new(groups, options.overlap)?;
+        let compute = options.gpu.as_ref().map(|gpu| gpu.stream().clone());
+        let lane = Lane::new(groups, options.overlap, compute)?;
         let gather_numel = layouts.iter().map(|layout| layout.padded_numel).max().unwrap_or(0);
         let mut zero = Zero {
             scaler: LossScaler::new(options.loss_scaling.unwrap_or(LossScaling::Static(1.0))),
@@ -119,8 +123,10 @@ impl Zero {
                 options.compute,
                 options.grad_accum_steps,
                 group_size,
+                lane.groups().world.group_size() == 1,
             ),
             options,
+            sums_before_it_sends,
             lane,
             placement,
             group_rank,
@@ -344,7 +350,8 @@ impl Zero {
         self.lane.drain()
     }
 
-    /// Time so far in which the caller's thread was in a collective or waited for one, and computed nothing.
+    /// Time so far in which the caller's thread was in a collective or waited for one. On a GPU that is not what a collective costs: see
+    /// [`Stream::stalled`](shardwise_device::cuda::Stream::stalled).
     pub fn exposed_comm(&self) -> std::time::Duration {
         self.lane.exposed()
     }
@@ -361,14 +368,15 @@ impl Zero {
 
     /// Bytes of model state that this rank holds, by kind, when nothing is gathered.
     pub fn state_bytes(&self) -> StateBytes {
-        self.units.iter().map(|unit| unit.state_bytes(&self.options)).fold(StateBytes::default(), |a, b| {
-            StateBytes {
+        self.units.iter().map(|unit| unit.state_bytes(&self.options, self.reduction.sums)).fold(
+            StateBytes::default(),
+            |a, b| StateBytes {
                 params: a.params + b.params,
                 master_params: a.master_params + b.master_params,
                 optimizer: a.optimizer + b.optimizer,
                 grads: a.grads + b.grads,
-            }
-        })
+            },
+        )
     }
 
     /// What the pool of gather and reduce buffers holds now and held at most.

@@ -4,6 +4,7 @@
 //! the log does not see, such as libtorch's, and for time.
 
 use super::api::{self, Handle};
+use super::stall::wait_on_host;
 use super::uses::not_ready;
 use super::{CudaError, Gpu, Stream};
 
@@ -54,10 +55,14 @@ impl Event {
     /// [`CudaError::WrongGpu`], or what the driver says.
     pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
         stream.require_gpu("event", &self.gpu)?;
+        self.record_on(stream.handle())
+    }
+
+    /// [`Event::record`] on a queue of its GPU that is alive.
+    pub(super) fn record_on(&self, queue: Handle) -> Result<(), CudaError> {
         let asked = || "record an event".to_owned();
         // SAFETY: both handles are alive and of this context, which is current.
-        self.gpu
-            .call("cuEventRecord", asked, |api| unsafe { (api.event_record)(self.handle, stream.handle()) })
+        self.gpu.call("cuEventRecord", asked, |api| unsafe { (api.event_record)(self.handle, queue) })
     }
 
     /// Whether everything before it is over.
@@ -80,7 +85,9 @@ impl Event {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let asked = || "wait for an event".to_owned();
         // SAFETY: the handle is alive, the context current.
-        self.gpu.call("cuEventSynchronize", asked, |api| unsafe { (api.event_synchronize)(self.handle) })
+        wait_on_host(|| {
+            self.gpu.call("cuEventSynchronize", asked, |api| unsafe { (api.event_synchronize)(self.handle) })
+        })
     }
 
     /// Milliseconds from `earlier` to this one, as the GPU measured them. Both are [`Timing::Timed`] and over.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::api::{self, Api, Code, Handle};
 use super::memory::Kind;
 use super::queue::Queue;
+use super::stall::wait_on_host;
 use super::{CudaError, Driver, GpuInfo, trace};
 use crate::DType;
 
@@ -32,7 +33,12 @@ struct Inner {
     /// What buffers hold of its memory, and of the host's, pinned.
     held: [Meter; 2],
     trace: trace::Slot,
+    /// What someone else may give back before memory is refused.
+    reserve: Mutex<Option<Arc<Reserve>>>,
 }
+
+/// Gives memory back to the driver, if it can.
+type Reserve = dyn Fn() + Send + Sync;
 
 /// Bytes that are held.
 #[derive(Default)]
@@ -85,6 +91,7 @@ impl Gpu {
             lost: Mutex::default(),
             held: <[Meter; 2]>::default(),
             trace: trace::Slot::default(),
+            reserve: Mutex::default(),
         };
         // From here on, dropping `inner` undoes what was done.
         inner.housekeeping = Queue::new(inner.create_stream(0)?);
@@ -148,6 +155,18 @@ impl Gpu {
         }
     }
 
+    /// Has `release` give memory back before a buffer is refused for want of it: what a library keeps for later. One at a time: a later one takes
+    /// the place of an earlier.
+    pub fn when_out_of_memory(&self, release: impl Fn() + Send + Sync + 'static) {
+        *lock(&self.0.reserve) = Some(Arc::new(release));
+    }
+
+    /// Asks for what is kept for later; whether there is anyone to ask.
+    pub(super) fn call_on_reserve(&self) -> bool {
+        let reserve = lock(&self.0.reserve).clone();
+        reserve.as_ref().map(|release| release()).is_some()
+    }
+
     pub(super) fn trace_slot(&self) -> &trace::Slot {
         &self.0.trace
     }
@@ -188,7 +207,7 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let asked = || "wait for all its work".to_owned();
         // SAFETY: takes no pointer; the context is current.
-        self.call("cuCtxSynchronize", asked, |api| unsafe { (api.context_synchronize)() })
+        wait_on_host(|| self.call("cuCtxSynchronize", asked, |api| unsafe { (api.context_synchronize)() }))
     }
 
     /// Runs `run` with this GPU's context current on this thread, for libraries that look for it there.

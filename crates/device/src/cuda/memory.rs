@@ -4,6 +4,7 @@
 //! for, because the GPU failed, keeps the memory to the end of the process.
 
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use super::api::{self, Address};
@@ -33,6 +34,18 @@ unsafe impl Send for CudaMemory {}
 // SAFETY: methods through `&CudaMemory` do not touch the memory; the log has a lock.
 unsafe impl Sync for CudaMemory {}
 
+/// Zeroes host memory, much of it on several threads: gigabytes take one thread seconds.
+fn zero(bytes: &mut [MaybeUninit<u8>]) {
+    const PART_BYTES: usize = 256 << 20;
+    const MAX_THREADS: usize = 8;
+    let zeroed = |part: &mut [MaybeUninit<u8>]| part.fill(MaybeUninit::new(0));
+    if bytes.len() <= PART_BYTES {
+        return zeroed(bytes);
+    }
+    let part = bytes.len().div_ceil(MAX_THREADS).max(PART_BYTES);
+    std::thread::scope(|scope| bytes.chunks_mut(part).for_each(|part| drop(scope.spawn(|| zeroed(part)))));
+}
+
 impl CudaMemory {
     /// Memory of `num_bytes` zeros, at least one byte.
     ///
@@ -54,7 +67,9 @@ impl CudaMemory {
                 })?;
             }
             // SAFETY: new host memory of this size, which nobody else knows.
-            Kind::Pinned => unsafe { memory.ptr.write_bytes(0, num_bytes) },
+            Kind::Pinned => {
+                zero(unsafe { std::slice::from_raw_parts_mut(memory.ptr.as_ptr().cast(), num_bytes) })
+            }
         }
         Ok(memory)
     }
@@ -62,10 +77,16 @@ impl CudaMemory {
     fn on_device(gpu: &Gpu, num_bytes: usize) -> Result<Self, CudaError> {
         let mut address: Address = 0;
         let asked = || format!("allocate `{num_bytes}` bytes");
-        let result = gpu.call("cuMemAlloc", asked, |api| {
-            // SAFETY: writes one address to `address`; the context is current.
-            unsafe { (api.memory_alloc)(&mut address, num_bytes) }
-        });
+        let mut allocate = || {
+            gpu.call("cuMemAlloc", asked, |api| {
+                // SAFETY: writes one address to `address`; the context is current.
+                unsafe { (api.memory_alloc)(&mut address, num_bytes) }
+            })
+        };
+        let result = match allocate() {
+            Err(CudaError::Call { code: api::OUT_OF_MEMORY, .. }) if gpu.call_on_reserve() => allocate(),
+            result => result,
+        };
         match result {
             Err(CudaError::Call { code: api::OUT_OF_MEMORY, .. }) => {
                 let info = gpu.memory_info()?;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::api::{Api, Code, Handle};
 use super::gpu::{Scope, lock};
+use super::stall::{StallGuard, Stalls};
 use super::trace::Recording;
 use super::uses::{Identity, Mark, Touch, wait_on_queue};
 use super::{CudaError, Event, Gpu};
@@ -14,13 +15,15 @@ pub(super) struct Queue {
     /// For timelines.
     name: &'static str,
     identity: Identity,
+    /// How long it stood still for others, where that is measured.
+    stalls: Option<Stalls>,
     /// The number of the last mark. Held while work is queued, so that numbers follow the queue's order.
     last: Mutex<u64>,
 }
 
 impl Queue {
     pub(super) fn new(handle: Handle) -> Self {
-        Queue { handle, name: "stream", identity: Identity::new(), last: Mutex::new(0) }
+        Queue { handle, name: "stream", identity: Identity::new(), stalls: None, last: Mutex::new(0) }
     }
 
     pub(super) fn handle(&self) -> Handle {
@@ -33,6 +36,21 @@ impl Queue {
 
     pub(super) fn set_name(&mut self, name: &'static str) {
         self.name = name;
+    }
+
+    pub(super) fn measure_stalls(&mut self) {
+        self.stalls.get_or_insert_default();
+    }
+
+    pub(super) fn stalls(&self) -> Option<&Stalls> {
+        self.stalls.as_ref()
+    }
+
+    /// Begins a moment in which it may stand still, if that is measured.
+    pub(super) fn stall<'a>(&'a self, gpu: &'a Gpu) -> Result<StallGuard<'a>, CudaError> {
+        self.stalls
+            .as_ref()
+            .map_or_else(|| Ok(StallGuard::default()), |stalls| stalls.begin(gpu, self.handle))
     }
 
     /// Queues work that touches logged memory: behind the uses it conflicts with, and followed by a mark.
@@ -48,7 +66,7 @@ impl Queue {
     ) -> Result<(), CudaError> {
         let scope = gpu.enter()?;
         let mut last = lock(&self.last);
-        let waited = self.order(&scope, touches)?;
+        let waited = self.order(gpu, &scope, touches)?;
         // The event is there before the work is, so that its absence cannot leave work unmarked.
         let mark = match touches {
             [] => None,
@@ -93,20 +111,28 @@ impl Queue {
     pub(super) fn wait_for(&self, gpu: &Gpu, touches: &[Touch<'_>]) -> Result<(), CudaError> {
         let scope = gpu.enter()?;
         let _in_order = lock(&self.last);
-        self.order(&scope, touches).map(drop)
+        self.order(gpu, &scope, touches).map(drop)
     }
 
-    fn order(&self, scope: &Scope<'_>, touches: &[Touch<'_>]) -> Result<Vec<Arc<Mark>>, CudaError> {
-        let mut waited: Vec<Arc<Mark>> = Vec::new();
+    fn order(
+        &self,
+        gpu: &Gpu,
+        scope: &Scope<'_>,
+        touches: &[Touch<'_>],
+    ) -> Result<Vec<Arc<Mark>>, CudaError> {
+        let mut awaited: Vec<Arc<Mark>> = Vec::new();
         for touch in touches {
             for mark in touch.uses.conflicts(&touch.range, touch.access, Some(&self.identity)) {
-                if !waited.iter().any(|known| Arc::ptr_eq(known, &mark)) {
-                    wait_on_queue(scope, self.handle, &mark)?;
-                    waited.push(mark);
+                if !awaited.iter().any(|known| Arc::ptr_eq(known, &mark)) {
+                    awaited.push(mark);
                 }
             }
         }
-        Ok(waited)
+        if !awaited.is_empty() {
+            let _still = self.stall(gpu)?;
+            awaited.iter().try_for_each(|mark| wait_on_queue(scope, self.handle, mark))?;
+        }
+        Ok(awaited)
     }
 
     /// Waits for work that may have been queued without a mark.

@@ -16,6 +16,7 @@ use std::fmt;
 
 use super::api::Handle;
 use super::queue::Queue;
+use super::stall::wait_on_host;
 use super::uses::{Access, Touch, not_ready};
 use super::{CudaError, Event, Gpu};
 use crate::{Place, Slice, SliceMut};
@@ -119,6 +120,10 @@ impl Stream {
         &self.queue
     }
 
+    pub(super) fn queue_mut(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
     /// Waits on the host for everything queued.
     ///
     /// # Errors
@@ -126,7 +131,10 @@ impl Stream {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let asked = || "wait for a stream".to_owned();
         // SAFETY: the handle is alive, the context current.
-        self.gpu.call("cuStreamSynchronize", asked, |api| unsafe { (api.stream_synchronize)(self.handle()) })
+        wait_on_host(|| {
+            self.gpu
+                .call("cuStreamSynchronize", asked, |api| unsafe { (api.stream_synchronize)(self.handle()) })
+        })
     }
 
     /// Whether everything queued is over.
@@ -147,6 +155,7 @@ impl Stream {
     /// # Errors
     /// What the driver says.
     pub fn wait(&self, event: &Event) -> Result<(), CudaError> {
+        let _still = self.stall()?;
         self.gpu.call(
             "cuStreamWaitEvent",
             || "wait for an event".to_owned(),

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 
 use super::api::{self, Handle};
 use super::gpu::lock;
+use super::stall::wait_on_host;
 use super::{CudaError, Gpu};
 
 /// From this many entries on, a log is searched for uses that are over; then again when it has twice as many as were left.
@@ -72,14 +73,11 @@ impl Mark {
 
     /// Waits on the host.
     fn wait(&self) -> Result<(), CudaError> {
-        self.gpu.call(
-            "cuEventSynchronize",
-            || "wait for the use of a buffer".to_owned(),
-            |api| {
-                // SAFETY: the event lives as long as this mark; the context is current.
-                unsafe { (api.event_synchronize)(self.event) }
-            },
-        )
+        let asked = || "wait for the use of a buffer".to_owned();
+        wait_on_host(|| {
+            // SAFETY: the event lives as long as this mark; the context is current.
+            self.gpu.call("cuEventSynchronize", asked, |api| unsafe { (api.event_synchronize)(self.event) })
+        })
     }
 
     fn is_over(&self) -> bool {

@@ -1,6 +1,7 @@
 //! Memory that runs out, drivers that fail at any call, and drivers that are not what we need.
 
 use std::path::Path;
+use std::sync::Mutex;
 
 use shardwise_device::cuda::{Args, CudaError, Driver, DriverVersion, Grid, Timing};
 use shardwise_device::{Buffer, BufferPool, DType, DeviceError, Memory, Slice};
@@ -52,6 +53,22 @@ fn old_gpus_are_refused_and_turing_has_no_bf16() {
     turing.require_dtype(DType::F16).unwrap();
     let error = turing.require_dtype(DType::Bf16).unwrap_err().to_string();
     assert_eq!(error, "GPU `1` (`Tesla T4`, sm_75) does not compute in `bf16`: use fp16");
+}
+
+#[test]
+fn what_is_kept_for_later_is_given_back_before_memory_is_refused() {
+    let fake = FakeGpu::lazy();
+    fake.set_device(0, "Small", (9, 0), 4000);
+    let gpu = fake.gpu();
+    let bytes = |numel| Buffer::allocate(DType::U8, numel, &Memory::Gpu(gpu.clone()));
+    let kept = Mutex::new(Some(bytes(3000).unwrap()));
+    gpu.when_out_of_memory(move || drop(kept.lock().unwrap().take()));
+    let used = bytes(2000).unwrap();
+    // There is nothing more to give.
+    let error = bytes(3000).unwrap_err().to_string();
+    assert!(error.contains("`3000` bytes") && error.contains("`2000`"), "{error}");
+    drop((used, gpu));
+    fake.assert_clean();
 }
 
 #[test]

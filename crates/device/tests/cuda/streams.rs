@@ -1,8 +1,10 @@
 //! What streams accept and refuse, several GPUs, and several threads.
 
-use shardwise_device::cuda::{Priority, Sharing, gpu_for_rank};
+use std::time::Duration;
+
+use shardwise_device::cuda::{Priority, Sharing, Timing, gpu_for_rank, host_waited};
 use shardwise_device::{Buffer, BufferPool, DType, Memory, Place, Slice, SliceMut};
-use shardwise_fake_gpu::{ALL_WAYS, FakeGpu, on_gpu, pinned, stream, values};
+use shardwise_fake_gpu::{ALL_WAYS, Eagerness, FakeGpu, on_gpu, pinned, stream, values};
 
 #[test]
 fn memory_that_a_stream_cannot_use_is_refused() {
@@ -226,4 +228,66 @@ fn a_trace_says_what_each_stream_did() {
         drop((copies, compute, buffer, from, gpu));
         fake.assert_clean();
     }
+}
+
+#[test]
+fn a_stream_says_how_long_it_stood_still() {
+    for way in ALL_WAYS {
+        let fake = FakeGpu::new(way);
+        let gpu = fake.gpu();
+        let (copies, compute) = (stream(&gpu), stream(&gpu).measuring_stalls());
+        let from = pinned(&gpu, &[1.0; 64]);
+        let (mut buffer, mut alone) = (on_gpu(&gpu, 64), on_gpu(&gpu, 64));
+        let told = || {
+            // It comes first: the other does its work while this one waits for it.
+            compute.synchronize().unwrap();
+            compute.stalled().unwrap()
+        };
+        // For the zeros that new memory has.
+        compute.fill(alone.view_mut(), 0).unwrap();
+        let before = told();
+        compute.fill(alone.view_mut(), 0).unwrap();
+        assert_eq!(told(), before, "it waited for nobody");
+        // The fake's time is the work that it has run: a microsecond each.
+        for _ in 0..40 {
+            copies.copy(from.view(), buffer.view_mut()).unwrap();
+        }
+        compute.fill(buffer.view_mut(), 0).unwrap();
+        let waited = told() - before;
+        match way.1 {
+            Eagerness::Lazy => assert!(waited >= Duration::from_micros(40), "{waited:?}"),
+            _ => assert!(waited > Duration::ZERO, "{waited:?}"),
+        }
+        // A wait within a moment is part of it, and a stream that measures nothing says nothing.
+        let before = told();
+        {
+            let _still = compute.stall().unwrap();
+            copies.copy(from.view(), buffer.view_mut()).unwrap();
+            let over = gpu.event(Timing::Untimed).unwrap();
+            over.record(&copies).unwrap();
+            compute.wait(&over).unwrap();
+            compute.fill(buffer.view_mut(), 0).unwrap();
+        }
+        assert!(told() > before);
+        assert_eq!(copies.stalled().unwrap(), Duration::ZERO);
+        // Many moments: their events are used again.
+        for _ in 0..500 {
+            copies.copy(from.view(), buffer.view_mut()).unwrap();
+            compute.fill(buffer.view_mut(), 0).unwrap();
+        }
+        assert!(told() > before);
+        drop((copies, compute, buffer, alone, from, gpu));
+        fake.assert_clean();
+    }
+}
+
+#[test]
+fn a_thread_says_how_long_it_waited_for_gpus() {
+    let fake = FakeGpu::lazy();
+    let gpu = fake.gpu();
+    let before = host_waited();
+    gpu.synchronize().unwrap();
+    stream(&gpu).synchronize().unwrap();
+    assert!(host_waited() > before);
+    assert_eq!(std::thread::spawn(host_waited).join().unwrap(), Duration::ZERO, "each thread has its own");
 }

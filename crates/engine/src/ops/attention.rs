@@ -7,6 +7,7 @@ use shardwise_torch::tch::{TchError, with_grad};
 use shardwise_torch::{Kind, Tensor, TorchError, autograd, no_grad};
 
 use super::Dropout;
+use super::gpu::on_gpu;
 use super::raw::{elements, elements_mut, fused_kind, multiplies_in_f32, threads};
 use crate::{Context, EngineError};
 
@@ -32,7 +33,7 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, En
 fn in_f32(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
     let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
     let kind = q.kind();
-    let out = no_grad(|| plain([&exact(q)?, &exact(k)?, &exact(v)?])?.f_to_kind(kind))?;
+    let out = no_grad(|| plain([&exact(q)?, &exact(k)?, &exact(v)?], Heads::Shared)?.f_to_kind(kind))?;
     link(&[q, k, v], &[&out], &[q, k, v].map(Saved::Input), move |args| {
         let Some(dout) = &args.grads[0] else { return Ok(vec![None, None, None]) };
         let leaves: Vec<Tensor> = args
@@ -41,7 +42,7 @@ fn in_f32(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
             .map(|x| exact(x)?.f_detach()?.f_set_requires_grad(true))
             .collect::<Result<_, _>>()?;
         let [q, k, v] = &leaves[..] else { return Ok(vec![None, None, None]) };
-        let out = with_grad(|| plain([q, k, v]))?;
+        let out = with_grad(|| plain([q, k, v], Heads::Shared))?;
         let grads = autograd::grad(&[&out], &[Some(&exact(dout)?)], &[q, k, v])?;
         let rounded = grads.into_iter().map(|grad| grad.map(|grad| grad.f_to_kind(kind)).transpose());
         Ok(rounded.collect::<Result<_, _>>()?)
@@ -54,16 +55,52 @@ fn in_f32(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
 /// # Errors
 /// What libtorch says.
 pub fn causal_attention_plain(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, EngineError> {
-    Ok(plain([q, k, v])?)
+    Ok(plain([q, k, v], Heads::Shared)?)
 }
 
-fn plain([q, k, v]: [&Tensor; 3]) -> Result<Tensor, TchError> {
-    let grouped = q.size().get(2) != k.size().get(2);
+/// How the query heads of a group see their key-value head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heads {
+    Shared,
+    /// Each has a copy, for forms of attention that know no groups.
+    Copied,
+}
+
+impl Heads {
+    /// On a GPU only libtorch's forms for 16 bits of sm_80 and later know groups. Without a form it would hold all scores.
+    fn on_gpu(context: &Context<'_>, tensors: &[&Tensor]) -> Self {
+        match on_gpu(context, tensors) {
+            Some(gpu) if gpu.kind == Kind::Float || gpu.gpu.gpu().info().capability.major < 8 => {
+                Heads::Copied
+            }
+            _ => Heads::Shared,
+        }
+    }
+}
+
+fn plain([q, k, v]: [&Tensor; 3], heads: Heads) -> Result<Tensor, TchError> {
     let heads_first = |x: &Tensor| x.f_transpose(1, 2);
-    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let q = heads_first(q)?;
+    let (k, v) = match heads {
+        Heads::Shared => (heads_first(k)?, heads_first(v)?),
+        Heads::Copied => (every_head(&q, k)?, every_head(&q, v)?),
+    };
+    let grouped = q.size().get(1) != k.size().get(1);
     let out =
         Tensor::f_scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None::<f64>, grouped)?;
     out.f_transpose(1, 2)?.f_contiguous()
+}
+
+/// Keys or values for each of the heads of `q`, heads first: a group of query heads has copies of the same.
+fn every_head(q: &Tensor, x: &Tensor) -> Result<Tensor, TchError> {
+    let (batch, heads) = (q.size()[0], q.size()[1]);
+    let [_, seq, kv_heads, head_dim] = x.size()[..] else { return x.f_transpose(1, 2) };
+    let x = x.f_transpose(1, 2)?;
+    if kv_heads == heads {
+        return Ok(x);
+    }
+    let shared = x.f_unsqueeze(2)?.f_expand([batch, kv_heads, heads / kv_heads, seq, head_dim], false)?;
+    shared.f_reshape([batch, heads, seq, head_dim])
 }
 
 /// [`causal_attention`] with dropout of its probabilities while the model learns. They are then whole in memory, twice: what is
@@ -81,25 +118,19 @@ pub fn dropped_causal_attention(
     v: &Tensor,
 ) -> Result<Tensor, EngineError> {
     if !dropout.is_on(context) {
-        return causal_attention(q, k, v);
+        return match Heads::on_gpu(context, &[q, k, v]) {
+            Heads::Shared => causal_attention(q, k, v),
+            Heads::Copied => Ok(plain([q, k, v], Heads::Copied)?),
+        };
     }
     if multiplies_in_f32(&[q, k, v]) {
         let exact = |x: &Tensor| x.f_to_kind(Kind::Float);
         let out = dropped_causal_attention(context, dropout, &exact(q)?, &exact(k)?, &exact(v)?)?;
         return Ok(out.f_to_kind(q.kind())?);
     }
-    let (b, t, heads, head_dim) = q.size4()?;
-    // Each key-value head is seen by its group of query heads.
-    let every_head = |x: &Tensor| -> Result<Tensor, EngineError> {
-        let kv_heads = x.size()[2];
-        let x = x.f_transpose(1, 2)?;
-        if kv_heads == heads {
-            return Ok(x);
-        }
-        let shared = x.f_unsqueeze(2)?.f_expand([b, kv_heads, heads / kv_heads, t, head_dim], false)?;
-        Ok(shared.f_reshape([b, heads, t, head_dim])?)
-    };
-    let (q, k, v) = (q.f_transpose(1, 2)?, every_head(k)?, every_head(v)?);
+    let (_, t, _, head_dim) = q.size4()?;
+    let q = q.f_transpose(1, 2)?;
+    let (k, v) = (every_head(&q, k)?, every_head(&q, v)?);
     let later = Tensor::f_ones([t, t], (Kind::Bool, q.device()))?.f_triu(1)?;
     let probabilities = {
         let mut scores = q.f_mul_scalar(1.0 / (head_dim as f64).sqrt())?.f_matmul(&k.f_transpose(2, 3)?)?;

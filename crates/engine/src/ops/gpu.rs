@@ -15,7 +15,7 @@ use crate::Context;
 /// Where kernels run, and on what type.
 #[derive(Debug, Clone)]
 pub(super) struct OnGpu {
-    gpu: Arc<GpuProcessor>,
+    pub gpu: Arc<GpuProcessor>,
     pub float: FloatType,
     pub kind: Kind,
 }

@@ -116,6 +116,10 @@ impl LinearCrossEntropy {
         part: Option<ClassPart>,
     ) -> Result<Tensor, EngineError> {
         let target = target.f_contiguous()?;
+        let (x, weight) = match context.gpu {
+            Some(_) => (&x.f_contiguous()?, &weight.f_contiguous()?),
+            None => (x, weight),
+        };
         if let Some(gpu) = on_gpu(context, &[x, weight]) {
             return loss_gpu::forward(self, gpu, x, weight, &target, part);
         }

@@ -25,6 +25,7 @@ pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_pl
 pub use norm::{layer_norm, rms_norm, rms_norm_plain};
 pub use parallel::{embedding, enter, gather_classes, leave, own_positions, row_conv1d, row_linear};
 pub use raw::multiplies;
+pub(crate) use raw::threads;
 pub use rotary::{Rotary, RotaryTable};
 pub use swiglu::{swiglu, swiglu_plain};
 

@@ -6,7 +6,7 @@ use shardwise_kernels::{Threads, add};
 use shardwise_torch::{Device, Kind, Tensor, tch};
 
 /// Threads of one operation: as many as libtorch's own use.
-pub(super) fn threads() -> Threads {
+pub(crate) fn threads() -> Threads {
     usize::try_from(tch::get_num_threads()).ok().and_then(Threads::new).unwrap_or(Threads::ONE)
 }
 
@@ -86,7 +86,7 @@ impl Fused for f16 {
 
 /// The elements of a contiguous host tensor of type `T`, in memory order.
 pub(super) fn elements<T: Fused>(tensor: &Tensor) -> &[T] {
-    debug_assert!(tensor.is_contiguous() && tensor.kind() == T::KIND);
+    require_here(tensor, T::KIND);
     if tensor.numel() == 0 {
         return &[];
     }
@@ -95,9 +95,20 @@ pub(super) fn elements<T: Fused>(tensor: &Tensor) -> &[T] {
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
+/// # Panics
+/// For a tensor whose elements the host cannot read one after the other: a fault would name nobody.
+fn require_here(tensor: &Tensor, kind: Kind) {
+    let found = (tensor.device(), tensor.kind(), tensor.is_contiguous());
+    assert_eq!(
+        found,
+        (Device::Cpu, kind, true),
+        "device, type and contiguity of a tensor for a kernel of the host"
+    );
+}
+
 /// The elements of a contiguous host tensor whose memory nobody else has seen yet.
 pub(super) fn elements_mut<T: Fused>(tensor: &mut Tensor) -> &mut [T] {
-    debug_assert!(tensor.is_contiguous() && tensor.kind() == T::KIND);
+    require_here(tensor, T::KIND);
     if tensor.numel() == 0 {
         return &mut [];
     }
@@ -107,7 +118,7 @@ pub(super) fn elements_mut<T: Fused>(tensor: &mut Tensor) -> &mut [T] {
 
 /// The token ids of a contiguous `i64` tensor.
 pub(super) fn ids(tensor: &Tensor) -> &[i64] {
-    debug_assert!(tensor.is_contiguous() && tensor.kind() == Kind::Int64);
+    require_here(tensor, Kind::Int64);
     if tensor.numel() == 0 {
         return &[];
     }

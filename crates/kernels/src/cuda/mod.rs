@@ -43,7 +43,7 @@ pub use layers::{
     AddRmsNormBackward, AddRmsNormForward, CrossEntropy, RmsNormBackward, RmsNormForward, RmsNormWeightGrad,
     Rotate, SwigluBackward, SwigluForward,
 };
-pub use norm::{SumInOrder, SumOfSquares};
+pub use norm::{SumInOrder, SumsOfSquares};
 pub use nvrtc::{Arch, Compiled, Nvrtc, Version};
 pub use optimizer::{AdagradStep, AdamStep, DeviceCopy, DeviceStates, LionStep, SgdStep, StepBuffers};
 pub use pack::{Pack, Segment};

@@ -44,8 +44,10 @@ pub enum DeviceCopy {
 /// The arrays of one step, `numel` elements each.
 #[derive(Debug, Clone, Copy)]
 pub struct StepBuffers<const K: usize> {
-    /// Gradient, `f32`, read.
+    /// Gradient, read.
     pub grad: DevicePtr,
+    /// Its type; in 16 bits it is widened on the way.
+    pub grad_type: FloatType,
     /// Parameters, `f32`, updated.
     pub master: DevicePtr,
     /// The optimizer's states, updated.
@@ -67,6 +69,7 @@ pub struct Step<R> {
     numel: u64,
     noise: Noise,
     copy_type: u32,
+    grad_type: u32,
     rule: R,
 }
 
@@ -111,8 +114,13 @@ impl<const K: usize> StepBuffers<K> {
         let mut states = [DevicePtr::NULL; 2];
         states[..K].copy_from_slice(&pointers);
         let (copy, copy_type) = copy_of(self.compute);
-        let StepBuffers { grad, master, numel, .. } = self;
-        let step = Step { grad, master, states, copy, numel, noise, copy_type, rule };
+        let StepBuffers { grad, grad_type, master, numel, .. } = self;
+        let grad_type = match grad_type {
+            FloatType::F32 => 0,
+            FloatType::Bf16 => 1,
+            FloatType::F16 => 2,
+        };
+        let step = Step { grad, master, states, copy, numel, noise, copy_type, grad_type, rule };
         Launch::new(Source::Optimizer, name, plan, params(step))
     }
 }

@@ -38,6 +38,7 @@ pub use stochastic::Noise;
 use half::{bf16, f16};
 
 use crate::Threads;
+use crate::cast::Cast;
 use crate::isa::Isa;
 use crate::parallel::{Split, for_each_piece};
 use crate::simd::Simd;
@@ -64,11 +65,28 @@ pub enum States<'a, const K: usize> {
     Bf16([&'a mut [bf16]; K], Noise),
 }
 
+/// The gradient. In 16 bits it is widened on the way, which is exact.
+#[derive(Debug, Clone, Copy)]
+pub enum Gradient<'a> {
+    /// As it is computed with.
+    F32(&'a [f32]),
+    /// In bf16.
+    Bf16(&'a [bf16]),
+    /// In f16.
+    F16(&'a [f16]),
+}
+
+impl<'a> From<&'a [f32]> for Gradient<'a> {
+    fn from(grad: &'a [f32]) -> Self {
+        Gradient::F32(grad)
+    }
+}
+
 /// The slices of one step, all of the same length.
 #[derive(Debug)]
 pub struct Tensors<'a, const K: usize> {
     /// Gradient, read.
-    pub grad: &'a [f32],
+    pub grad: Gradient<'a>,
     /// Parameters, updated.
     pub master: &'a mut [f32],
     /// The optimizer's states, updated.
@@ -111,7 +129,7 @@ impl Store {
 
 /// Applies `rule` to every element, on several threads.
 fn apply_on<const K: usize>(threads: Threads, rule: impl Rule<K>, tensors: Tensors<'_, K>) {
-    let store = Store::of_step(tensors.grad.len());
+    let store = Store::of_step(tensors.grad.numel());
     apply_with(Isa::best(), threads, store, rule, tensors);
 }
 
@@ -123,7 +141,47 @@ fn apply_with<const K: usize>(
     tensors: Tensors<'_, K>,
 ) {
     tensors.check();
-    for_each_piece(threads, tensors, |Tensors { grad, master, states, compute }| match states {
+    for_each_piece(threads, tensors, |piece| {
+        for_each_widened(isa, piece, |grad, piece| pass_over(isa, store, rule, grad, piece));
+    });
+}
+
+/// Elements of a gradient that are widened at a time: they stay in the first cache.
+const WIDENED_NUMEL: usize = 2048;
+
+/// Calls `run` with the gradient of `piece` in fp32, and with the piece that it is of.
+fn for_each_widened<'a, const K: usize>(
+    isa: Isa,
+    piece: Tensors<'a, K>,
+    mut run: impl FnMut(&[f32], Tensors<'a, K>),
+) {
+    if let Gradient::F32(grad) = piece.grad {
+        return run(grad, piece);
+    }
+    let mut wide = [0f32; WIDENED_NUMEL];
+    let mut rest = Some(piece);
+    while let Some(piece) = rest.take() {
+        let count = piece.numel().min(WIDENED_NUMEL);
+        let (piece, others) = piece.split_at(count);
+        rest = Some(others).filter(|others| others.numel() > 0);
+        let wide = &mut wide[..count];
+        match piece.grad {
+            Gradient::F32(_) => unreachable!("returned above"),
+            Gradient::Bf16(grad) => isa.run(Cast { from: grad, to: wide }),
+            Gradient::F16(grad) => isa.run(Cast { from: grad, to: wide }),
+        }
+        run(wide, piece);
+    }
+}
+
+fn pass_over<const K: usize>(
+    isa: Isa,
+    store: Store,
+    rule: impl Rule<K>,
+    grad: &[f32],
+    Tensors { master, states, compute, .. }: Tensors<'_, K>,
+) {
+    match states {
         States::F32(states) => {
             let pass = Pass { rule, grad, master, states, compute: () };
             match (compute, store) {
@@ -142,7 +200,29 @@ fn apply_with<const K: usize>(
                 ComputeCopy::F16(copy) => isa.run(pass.writing(copy)),
             }
         }
-    });
+    }
+}
+
+impl Gradient<'_> {
+    fn numel(&self) -> usize {
+        match self {
+            Gradient::F32(grad) => grad.len(),
+            Gradient::Bf16(grad) => grad.len(),
+            Gradient::F16(grad) => grad.len(),
+        }
+    }
+
+    fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Gradient::F32(grad) => both(grad.split_at(at), Gradient::F32),
+            Gradient::Bf16(grad) => both(grad.split_at(at), Gradient::Bf16),
+            Gradient::F16(grad) => both(grad.split_at(at), Gradient::F16),
+        }
+    }
+}
+
+fn both<A, B>((low, high): (A, A), make: impl Fn(A) -> B) -> (B, B) {
+    (make(low), make(high))
 }
 
 impl ComputeCopy<'_> {
@@ -157,21 +237,15 @@ impl ComputeCopy<'_> {
     fn split_at(self, at: usize) -> (Self, Self) {
         match self {
             ComputeCopy::None => (ComputeCopy::None, ComputeCopy::None),
-            ComputeCopy::Bf16(copy) => {
-                let (low, high) = copy.split_at_mut(at);
-                (ComputeCopy::Bf16(low), ComputeCopy::Bf16(high))
-            }
-            ComputeCopy::F16(copy) => {
-                let (low, high) = copy.split_at_mut(at);
-                (ComputeCopy::F16(low), ComputeCopy::F16(high))
-            }
+            ComputeCopy::Bf16(copy) => both(copy.split_at_mut(at), ComputeCopy::Bf16),
+            ComputeCopy::F16(copy) => both(copy.split_at_mut(at), ComputeCopy::F16),
         }
     }
 }
 
 impl<const K: usize> Tensors<'_, K> {
     fn check(&self) {
-        let numel = self.grad.len();
+        let numel = self.grad.numel();
         assert_eq!(self.master.len(), numel, "master parameters against gradients");
         assert_eq!(self.compute.numel().unwrap_or(numel), numel, "compute copy against gradients");
         let same = match &self.states {
@@ -184,7 +258,7 @@ impl<const K: usize> Tensors<'_, K> {
 
 impl<const K: usize> Split for Tensors<'_, K> {
     fn numel(&self) -> usize {
-        self.grad.len()
+        self.grad.numel()
     }
 
     fn split_at(self, at: usize) -> (Self, Self) {

@@ -11,7 +11,7 @@ use super::step::pointer_of;
 use super::{Piece, ProcessorError, StepSlices, num_terms};
 use crate::cuda::{
     CompiledCode, CudaKernelError, DevicePtr, Entry, FloatType, Launch, Pack, Params, Segment, Source,
-    StepBuffers, SumInOrder, SumOfSquares, SumRanks, SumType,
+    StepBuffers, SumRanks, SumType, SumsOfSquares,
 };
 
 /// Where a GPU's machine code comes from.
@@ -310,7 +310,7 @@ impl GpuProcessor {
         if parts.is_empty() {
             return Ok(Vec::new());
         }
-        let num_blocks = |part: &Slice<'_>| SumOfSquares::num_sums(part.numel() as u64) as usize;
+        let num_blocks = |part: &Slice<'_>| SumsOfSquares::num_blocks(part.numel() as u64) as usize;
         let num_sums = parts.len() + parts.iter().map(num_blocks).sum::<usize>();
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let sums = match &mut *sums {
@@ -327,22 +327,20 @@ impl GpuProcessor {
         };
         let made = sums.made.view();
         let sum = |index: usize| DevicePtr::new(pointer_of(made).address() + (index * F64) as u64);
-        let mut first_block = parts.len();
-        for (index, part) in parts.iter().enumerate() {
-            let (numel, blocks) = (part.numel() as u64, sum(first_block));
-            first_block += num_blocks(part);
-            let squares = SumOfSquares { x: pointer_of(*part), sums: blocks, numel };
-            let in_order =
-                SumInOrder { terms: blocks, total: sum(index), numel: SumOfSquares::num_sums(numel) };
-            // SAFETY: the part is read, and as many sums written to `made` as `num_blocks` says; then they are read, and
-            // one is written. `made` has `num_sums` in all, is aligned, and is this call's alone (the lock).
-            unsafe {
-                if numel > 0 {
-                    let uses = [(*part, Access::Read), (made, Access::Write)];
-                    self.run(&squares.launch(float_type(part.dtype())), uses)?;
-                }
-                self.run(&in_order.launch(), [(made, Access::Write)])?;
+        let (mut first_total, mut first_block) = (0, parts.len());
+        // Neighbours of one type together, so that totals stand in the order of the parts.
+        let same = |a: &Slice<'_>, b: &Slice<'_>| a.dtype() == b.dtype();
+        for parts in parts.chunk_by(same).flat_map(|same| same.chunks(SumsOfSquares::MAX_ARRAYS)) {
+            let arrays: Vec<_> = parts.iter().map(|part| (pointer_of(*part), part.numel() as u64)).collect();
+            let squares = SumsOfSquares::new(&arrays, sum(first_block), sum(first_total));
+            for launch in squares.launches(float_type(parts[0].dtype())) {
+                let reads = parts.iter().map(|part| (*part, Access::Read));
+                // SAFETY: the parts are read, and as many sums written to `made` as `num_blocks` says; then these are read,
+                // and one is written for each part. `made` has `num_sums` in all, is aligned, and is this call's alone (the lock).
+                unsafe { self.run(&launch, reads.chain([(made, Access::Write)]))? };
             }
+            first_total += parts.len();
+            first_block += parts.iter().map(num_blocks).sum::<usize>();
         }
         let of_parts = 0..parts.len() * F64;
         self.stream.copy(made.range(of_parts.clone()), sums.told.view_mut().into_range(of_parts.clone()))?;

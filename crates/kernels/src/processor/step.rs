@@ -4,13 +4,13 @@ use half::{bf16, f16};
 use shardwise_device::cuda::Access;
 use shardwise_device::{DType, DeviceError, Slice, SliceMut};
 
-use crate::cuda::{DeviceCopy, DevicePtr, DeviceStates, StepBuffers};
-use crate::optimizer::{ComputeCopy, Noise, States, Tensors};
+use crate::cuda::{DeviceCopy, DevicePtr, DeviceStates, FloatType, StepBuffers};
+use crate::optimizer::{ComputeCopy, Gradient, Noise, States, Tensors};
 
 /// The slices of one step, all of the same length.
 #[derive(Debug)]
 pub struct StepSlices<'a, const K: usize> {
-    /// Gradient, `f32`, read.
+    /// Gradient, `f32`, `bf16` or `f16`, read.
     pub grad: Slice<'a>,
     /// Parameters, `f32`, updated.
     pub master: SliceMut<'a>,
@@ -30,7 +30,11 @@ impl<'a, const K: usize> StepSlices<'a, K> {
     pub(super) fn tensors(self) -> Result<Tensors<'a, K>, DeviceError> {
         let StepSlices { grad, master, states, noise, compute } = self;
         Ok(Tensors {
-            grad: grad.typed()?,
+            grad: match grad.dtype() {
+                DType::Bf16 => Gradient::Bf16(grad.typed()?),
+                DType::F16 => Gradient::F16(grad.typed()?),
+                _ => Gradient::F32(grad.typed()?),
+            },
             master: master.typed()?,
             states: match noise {
                 None => States::F32(all_typed::<f32, K>(states)?),
@@ -61,7 +65,8 @@ impl<'a, const K: usize> StepSlices<'a, K> {
         let state_type = if self.noise.is_some() { DType::Bf16 } else { DType::F32 };
         let states = self.states.each_ref().map(|state| pointer("a state", state.as_slice(), state_type));
         StepBuffers {
-            grad: pointer("the gradient", self.grad, DType::F32),
+            grad: pointer_of(self.grad),
+            grad_type: FloatType::of(self.grad.dtype()).expect("a gradient of numbers"),
             master: pointer("the master weights", self.master.as_slice(), DType::F32),
             states: match self.noise {
                 None => DeviceStates::F32(states),

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use shardwise_kernels::Threads;
-use shardwise_kernels::cuda::{DeviceCopy, DeviceStates, Launch, Params, StepBuffers};
+use shardwise_kernels::cuda::{DeviceCopy, DeviceStates, FloatType, Launch, Params, StepBuffers};
 use shardwise_kernels::optimizer::{
     Adagrad, Adam, BiasCorrection, ComputeCopy, Direction, Lion, Noise, Sgd, States, Tensors, WeightDecay,
 };
@@ -96,7 +96,7 @@ fn on_cpu<const K: usize>(
         Copy16::Bf16 => ComputeCopy::Bf16(&mut to_bf16),
         Copy16::F16 => ComputeCopy::F16(&mut to_f16),
     };
-    step(Tensors { grad: &arrays.grad, master: &mut master, states, compute });
+    step(Tensors { grad: arrays.grad[..].into(), master: &mut master, states, compute });
     let states = match noise {
         None => wide.to_vec(),
         Some(_) => narrow.iter().map(|state| widened(state)).collect(),
@@ -121,6 +121,7 @@ fn on_host<const K: usize>(
     let mut to_f16 = Device::new(&vec![f16::ZERO; numel], offset);
     launch(StepBuffers {
         grad: grad.ptr(),
+        grad_type: FloatType::F32,
         master: master.ptr(),
         states: match noise {
             None => DeviceStates::F32(wide.each_mut().map(Device::ptr)),

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use shardwise_device::{Element, Slice};
 use shardwise_kernels::cuda::{
     AddRmsNormBackward, AddRmsNormForward, CrossEntropy, DevicePtr, FloatType, RmsNormBackward,
-    RmsNormForward, RmsNormWeightGrad, SumInOrder, SumOfSquares,
+    RmsNormForward, RmsNormWeightGrad, SumInOrder, SumsOfSquares,
 };
 use shardwise_kernels::norm::{self, BLOCK_NUMEL};
 use shardwise_kernels::{Threads, cross_entropy, rms_norm};
@@ -48,19 +48,26 @@ fn check_norm<T: Float + Element>() {
     cases.push(bad(random.numbers(1000, 1.0), 999, f32::INFINITY));
     cases.push(bad(random.numbers(BLOCK_NUMEL + 5, 1.0), BLOCK_NUMEL + 4, f32::NAN));
     cases.push(random.any(3000));
-    for x in cases {
-        let expected = norm::sum_of_squares_of(Threads::ONE, Slice::of(&x));
-        for offset in [0, 1] {
-            let total = in_both_orders(|order| {
-                let mut device = Device::new(&x, offset);
-                let num_sums = SumOfSquares::num_sums(x.len() as u64) as usize;
-                let mut sums = Device::new(&vec![f64::NAN; num_sums], 0);
-                let call = SumOfSquares { x: device.ptr(), sums: sums.ptr(), numel: x.len() as u64 };
-                host().launch(&call.launch(T::TYPE), order);
-                sum_in_order(order, &mut sums)
-            });
-            total.assert_same(&expected, &format!("{} elements", x.len()));
-            assert_eq!(total.is_finite(), x.iter().all(|x| x.wide().is_finite()));
+    cases.push(Vec::new());
+    let expected: Vec<f64> =
+        cases.iter().map(|x| norm::sum_of_squares_of(Threads::ONE, Slice::of(x))).collect();
+    let totals = |order, cases: &[Vec<T>], offset| {
+        let mut devices: Vec<_> = cases.iter().map(|x| Device::new(x, offset)).collect();
+        let arrays: Vec<_> = devices.iter_mut().map(|x| (x.ptr(), x.numel as u64)).collect();
+        let num_blocks: u64 = arrays.iter().map(|(_, numel)| SumsOfSquares::num_blocks(*numel)).sum();
+        let mut blocks = Device::new(&vec![f64::NAN; num_blocks as usize], 0);
+        let mut totals = Device::new(&vec![f64::NAN; cases.len()], 0);
+        for launch in SumsOfSquares::new(&arrays, blocks.ptr(), totals.ptr()).launches(T::TYPE) {
+            host().launch(&launch, order);
+        }
+        totals.get()
+    };
+    for offset in [0, 1] {
+        in_both_orders(|order| totals(order, &cases, offset)).assert_same(&expected, "all at once");
+        for (x, expected) in cases.iter().zip(&expected) {
+            let total = in_both_orders(|order| totals(order, std::slice::from_ref(x), offset));
+            total.assert_same(&vec![*expected], &format!("{} elements", x.len()));
+            assert_eq!(total[0].is_finite(), x.iter().all(|x| x.wide().is_finite()));
         }
     }
 }

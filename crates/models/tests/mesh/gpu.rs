@@ -10,11 +10,15 @@ use shardwise_plan::zoo::SequenceParallel;
 use shardwise_plan::{ActivationPolicy, ZeroStage};
 use shardwise_zero::{Offload, Overlap, Tier};
 
-use crate::runs::{On, Run, Trace, dropping_gpt2, gpt2, llama};
+use crate::runs::{Link, On, Run, Trace, dropping_gpt2, gpt2, llama};
 
-const ON_GPU: On = On::FakeGpu(Offload { optimizer: Tier::Device, params: Tier::Device });
-const OFFLOADED: On = On::FakeGpu(Offload { optimizer: Tier::Host, params: Tier::Device });
-const ALL_OFFLOADED: On = On::FakeGpu(Offload { optimizer: Tier::Host, params: Tier::Host });
+const NOTHING: Offload = Offload { optimizer: Tier::Device, params: Tier::Device };
+const OPTIMIZER: Offload = Offload { optimizer: Tier::Host, params: Tier::Device };
+const ALL: Offload = Offload { optimizer: Tier::Host, params: Tier::Host };
+
+const ON_GPU: On = On::FakeGpu(NOTHING, Link::Staged);
+const OFFLOADED: On = On::FakeGpu(OPTIMIZER, Link::Staged);
+const ALL_OFFLOADED: On = On::FakeGpu(ALL, Link::Staged);
 
 /// Losses and norms on a GPU against the host's: sums over a row (norms, the softmax) are made in another order, which moves a number by
 /// some units in the last place of its type, and some steps of AdamW make more of it.
@@ -102,5 +106,39 @@ fn activations_offloaded_from_a_gpu_come_back_as_they_were() {
         let kept = run(ActivationPolicy::Keep);
         run(ActivationPolicy::Recompute).assert_same_bits(&kept, "recomputed");
         run(ActivationPolicy::Offload).assert_same_bits(&kept, "offloaded");
+    }
+}
+
+#[test]
+fn nccl_and_host_memory_carry_the_same_bits() {
+    for (mesh, offload) in [([1, 2, 1], ALL), ([1, 4, 1], NOTHING), ([2, 2, 1], NOTHING), ([1, 2, 2], ALL)] {
+        let run = |link| {
+            let run = run(&llama(), mesh, ZeroStage::Three, DType::Bf16, On::FakeGpu(offload, link));
+            Run { overlap: Overlap::SideThread, accum: 2, ..run }.steps(2).trace()
+        };
+        run(Link::Nccl).assert_same_bits(&run(Link::Staged), &format!("mesh {mesh:?}, {offload:?}"));
+    }
+}
+
+/// Neither memory of a GPU nor pinned memory is asked for once the first steps have filled the pools: asking the driver is slow, and
+/// stops a GPU. Messages between pipeline stages are left out: how many are under way at a time is a matter of chance.
+#[test]
+fn steps_in_steady_state_take_no_memory() {
+    use ActivationPolicy::{Keep, Offload, Recompute};
+    for (mesh, link, stage, offload, activations, overlap) in [
+        ([1, 1, 1], Link::Staged, ZeroStage::Zero, NOTHING, Keep, Overlap::Inline),
+        ([1, 1, 1], Link::Staged, ZeroStage::Three, ALL, Offload, Overlap::Inline),
+        ([1, 2, 1], Link::Staged, ZeroStage::One, OPTIMIZER, Recompute, Overlap::SideThread),
+        ([1, 2, 1], Link::Staged, ZeroStage::Three, ALL, Offload, Overlap::SideThread),
+        ([1, 2, 1], Link::Nccl, ZeroStage::Two, NOTHING, Keep, Overlap::Inline),
+        ([1, 2, 1], Link::Nccl, ZeroStage::Three, OPTIMIZER, Offload, Overlap::SideThread),
+        ([1, 1, 2], Link::Nccl, ZeroStage::Zero, NOTHING, Recompute, Overlap::Inline),
+    ] {
+        for accum in [1, 2] {
+            let run = run(&llama(), mesh, stage, DType::Bf16, On::FakeGpu(offload, link));
+            let asked = Run { activations, overlap, accum, ..run }.steps(6).allocations();
+            let what = format!("mesh {mesh:?}, {link:?}, stage {stage}, {offload:?}, {overlap:?}, {accum}");
+            assert_eq!(asked[2..], [asked[2]; 4], "after each step: {asked:?}, {what}");
+        }
     }
 }

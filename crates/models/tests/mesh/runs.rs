@@ -1,6 +1,7 @@
 //! Runs of two small models over any mesh, and what they leave behind.
 
 use serde_json::{Value, json};
+use shardwise_comm::nccl::{Library, Nccl, Search};
 use shardwise_comm::staged::Staged;
 use shardwise_comm::{Group, thread};
 use shardwise_device::DType;
@@ -61,9 +62,18 @@ pub const SCHEDULES: [ScheduleKind; 4] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum On {
     Host,
-    /// On a fake GPU that all ranks share, with collectives through pinned memory. libtorch computes on the host, whose memory
-    /// it takes for the GPU's; our kernels, the state and its copies are the GPU's.
-    FakeGpu(Offload),
+    /// On fake GPUs. libtorch computes on the host, whose memory it takes for a GPU's; our kernels, the state and its copies
+    /// are the GPU's.
+    FakeGpu(Offload, Link),
+}
+
+/// How ranks on fake GPUs exchange memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// They share one, and copy by way of pinned memory.
+    Staged,
+    /// Each has its own, and an NCCL.
+    Nccl,
 }
 
 /// One way to train a model.
@@ -145,21 +155,44 @@ impl Run {
     }
 
     fn engine_with(&self, world: Group, options: EngineOptions) -> Result<Engine, EngineError> {
+        self.engine_of(Ranks::new(world, self.mesh())?, options)
+    }
+
+    fn engine_of(&self, ranks: Ranks, options: EngineOptions) -> Result<Engine, EngineError> {
         set_num_threads(1);
-        let ranks = Ranks::new(world, self.mesh())?;
         let config = ModelConfig::from_json(&self.model).unwrap();
         Engine::new(build(&config).unwrap(), options, ranks, &mut RandomInit { seed: 3 })
     }
 
-    /// This rank's engine, on `fake` if the run is on a GPU.
-    fn engine_on(&self, world: Group, fake: Option<&FakeGpu>) -> Engine {
-        let (On::FakeGpu(offload), Some(fake)) = (self.on, fake) else { return self.engine(world) };
-        let gpu = fake.gpu();
+    /// GPUs for all ranks, if the run is on GPUs.
+    pub fn fake(&self) -> Option<FakeGpu> {
+        let On::FakeGpu(_, link) = self.on else { return None };
+        let fake = FakeGpu::new((1, Eagerness::Eager));
+        fake.allow_host_access();
+        if link == Link::Nccl {
+            fake.set_devices(self.mesh().world_size() as i32);
+        }
+        Some(fake)
+    }
+
+    /// This rank's engine, on `fake` if the run is on GPUs.
+    pub fn engine_on(&self, world: Group, fake: Option<&FakeGpu>) -> Engine {
+        let (On::FakeGpu(offload, link), Some(fake)) = (self.on, fake) else { return self.engine(world) };
+        let gpu = fake.open(if link == Link::Nccl { world.group_rank() as u32 } else { 0 });
         let processor = fake.processor(&gpu);
-        let world = Staged::new(world, &gpu, processor.stream().clone()).unwrap();
+        let stream = || processor.stream().clone();
+        let staged = Staged::new(world.clone(), &gpu, stream()).unwrap();
+        let ranks = match link {
+            Link::Staged => Ranks::new(staged, self.mesh()),
+            Link::Nccl => {
+                let library = Library::load(&Search { given: Some(fake.path().into()), libtorch: None });
+                let nccl = Nccl::new(world, library.unwrap(), processor.clone(), stream()).unwrap();
+                Ranks::with_messages(nccl, &staged, self.mesh())
+            }
+        };
         let mut options = self.options();
         (options.zero.gpu, options.zero.offload) = (Some(processor), offload);
-        self.engine_with(world, options).unwrap()
+        self.engine_of(ranks.unwrap(), options).unwrap()
     }
 
     pub fn steps(self, num_steps: usize) -> Self {
@@ -180,8 +213,7 @@ impl Run {
     /// Trains on all ranks, which must end alike.
     pub fn trace(&self) -> Trace {
         let world_size = self.mesh().world_size();
-        let fake = matches!(self.on, On::FakeGpu(_)).then(|| FakeGpu::new((1, Eagerness::Eager)));
-        fake.iter().for_each(FakeGpu::allow_host_access);
+        let fake = self.fake();
         let traces = thread::run(world_size, |world| {
             let mut engine = self.engine_on(world, fake.as_ref());
             let data = engine.ranks().at().data;
@@ -210,6 +242,28 @@ impl Run {
         let first = traces.next().unwrap();
         traces.for_each(|other| other.assert_same_bits(&first, &format!("another rank of {self:?}")));
         first
+    }
+
+    /// What the ranks together have asked the driver of their GPUs for memory, after each step.
+    pub fn allocations(&self) -> Vec<i64> {
+        let fake = self.fake().expect("a run on GPUs");
+        let counts = thread::run(self.mesh().world_size(), |world| {
+            let mut engine = self.engine_on(world, Some(&fake));
+            let data = engine.ranks().at().data;
+            let count = |step| {
+                engine.train_step(3e-3, |microbatch| Ok(self.batch(data, step, microbatch))).unwrap();
+                engine.zero().drain().unwrap();
+                // All have come before the first counts, and have counted before the first goes on.
+                let meet = || engine.zero().exchange(&[0.0]).unwrap();
+                meet();
+                let count = fake.num_allocations();
+                meet();
+                count
+            };
+            (0..self.num_steps).map(count).collect::<Vec<_>>()
+        });
+        fake.assert_clean();
+        counts.into_iter().next().expect("a rank")
     }
 }
 

@@ -48,15 +48,18 @@ impl HostMemory {
     pub(super) fn new(load: &Workload<'_>, stage: ZeroStage, offload: Offload) -> Self {
         let (_, state) = ModelState::on_gpu(load.units, stage, load.grad_accum_steps, load.widths, offload);
         let shards = || load.units.iter().filter(|unit| unit.trainable).map(UnitLayout::shard_numel);
-        // What one rank sends down is not a sum yet.
-        let told_bytes = if load.is_alone() { load.compute_bytes } else { SUM_BYTES };
+        let accumulates = stage.sums_before_it_sends(load.grad_accum_steps);
+        // What one rank sends down is not a sum yet, unless micro-batches were.
+        let told_bytes = if load.is_alone() && !accumulates { load.compute_bytes } else { SUM_BYTES };
+        // All of the gradient at once, as it is kept: it goes right to its place.
+        let as_it_is = (load.grad_accum_steps == 1 || accumulates) && told_bytes == load.widths.grads;
         let Offload { optimizer, params } = offload;
         let mut host = HostMemory {
             offload,
             state,
             reductions: match optimizer {
-                OffloadTo::Host => of_each_size(shards(), NUM_GOING_DOWN, told_bytes),
-                OffloadTo::Device => Bytes(0),
+                OffloadTo::Host if !as_it_is => of_each_size(shards(), NUM_GOING_DOWN, told_bytes),
+                _ => Bytes(0),
             },
             transfers: match (optimizer, params) {
                 (OffloadTo::Host, OffloadTo::Device) => load.transfers(stage),

@@ -248,7 +248,7 @@ impl Workload<'_> {
     fn going_down(&self, stage: ZeroStage) -> Bytes {
         let units = || self.units.iter().filter(|unit| unit.trainable);
         let (is_alone, accum) = (self.is_alone(), self.grad_accum_steps);
-        let sent = match stage.keeps_whole_gradients(accum) && !is_alone {
+        let sent = match stage.sums_before_it_sends(accum) {
             // They leave from where they are kept.
             true => Bytes(0),
             false => of_each_size(units().map(|unit| unit.padded_numel), NUM_GOING_DOWN, self.compute_bytes),

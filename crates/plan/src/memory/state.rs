@@ -20,6 +20,16 @@ pub struct StateWidths {
 }
 
 impl StateWidths {
+    /// The same for a run of `num_ranks`, with `grad_accum_steps` micro-batches in a step. The gradient of a single one is kept as layers made
+    /// it: there is nothing to sum.
+    #[must_use]
+    pub fn of_run(self, num_ranks: usize, grad_accum_steps: usize) -> Self {
+        match (num_ranks, grad_accum_steps) {
+            (1, 1) => StateWidths { grads: self.grads.min(self.params), ..self },
+            _ => self,
+        }
+    }
+
     /// AdamW in fp32 with gradients summed in fp32, for layers that compute in elements of `compute_bytes`. In fp32 the
     /// compute copy is the master copy.
     pub const fn adamw(compute_bytes: usize) -> Self {
@@ -98,9 +108,8 @@ impl ModelState {
             host.master_params = take(&mut device.master_params);
             host.optimizer = take(&mut device.optimizer);
             host.grads = owned_bytes(widths.grads);
-            // Where gradients are accumulated whole, that is on the GPU. One rank has nobody to sum with, and sends each down.
-            let is_alone = units.iter().all(|unit| unit.num_shards == 1);
-            if is_alone || !stage.keeps_whole_gradients(grad_accum_steps) {
+            // Where gradients are accumulated whole, that is on the GPU.
+            if !stage.sums_before_it_sends(grad_accum_steps) {
                 device.grads = Bytes(0);
             }
         }

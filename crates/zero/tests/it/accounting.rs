@@ -34,6 +34,8 @@ fn numel(model: &Model, num_ranks: usize) -> (usize, usize) {
 
 fn table(stage: ZeroStage, compute: DType, accum: usize, n: usize, psi: usize) -> StateBytes {
     let (p, master) = if compute == DType::Bf16 { (2, 4) } else { (4, 0) };
+    // The only gradient of the only rank needs no sum.
+    let grad = if (n, accum) == (1, 1) { p } else { 4 };
     let whole_grads = stage == ZeroStage::Zero || stage == ZeroStage::One && accum > 1;
     let shard = psi.div_ceil(n);
     let split = |is_split: bool| if is_split { shard } else { psi };
@@ -42,7 +44,7 @@ fn table(stage: ZeroStage, compute: DType, accum: usize, n: usize, psi: usize) -
         params: p * split(stage == ZeroStage::Three),
         master_params: master * s,
         optimizer: 8 * s,
-        grads: 4 * split(!whole_grads),
+        grads: grad * split(!whole_grads),
     }
 }
 
@@ -64,7 +66,7 @@ fn model_state_follows_the_table_of_the_paper() {
                     });
                     let least = table(stage, compute, accum, n, psi);
                     let most = table(stage, compute, accum, n, with_padding);
-                    let widths = StateWidths::adamw(compute.size_bytes());
+                    let widths = StateWidths::adamw(compute.size_bytes()).of_run(n, accum);
                     let planned = ModelState::new(&model().layouts(n), stage, accum, widths);
                     for found in ranks {
                         let what = format!("stage {stage}, {compute}, accum {accum}, {n} ranks: {found:?}");

@@ -395,7 +395,8 @@ fn plan(layouts: &[UnitLayout], options: &ZeroOptions) -> MemoryPlan {
         calls: Calls::default(),
         num_groups: 0,
         compute_bytes: options.compute.size_bytes(),
-        widths: StateWidths::adamw(options.compute.size_bytes()),
+        widths: StateWidths::adamw(options.compute.size_bytes())
+            .of_run(layouts[0].num_shards, options.grad_accum_steps),
         microbatch_tokens: 0,
         grad_accum_steps: options.grad_accum_steps,
         overlap: options.overlap,
@@ -462,7 +463,7 @@ fn the_plan_counts_each_kind_of_state() {
                         .state_bytes()
                 });
                 let layouts = model().layouts(num_ranks);
-                let widths = StateWidths::adamw(compute.size_bytes());
+                let widths = StateWidths::adamw(compute.size_bytes()).of_run(num_ranks, 1);
                 let (device, host) = ModelState::on_gpu(&layouts, stage, 1, widths, planned(offload));
                 let both = [
                     device.params + host.params,

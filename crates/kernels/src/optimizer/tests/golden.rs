@@ -139,8 +139,12 @@ fn muon(shape: [usize; 2], direction: Direction) -> (Vec<f32>, Vec<f32>) {
         let grad: Vec<_> = (0..numel).map(|i| gradient(i, step)).collect();
         muon.momentum_on(Threads::ONE, GRAD_SCALE, &grad, &mut buffer, &mut u);
         orthogonalize_on(Threads::ONE, shape, 5, &mut u);
-        let tensors =
-            Tensors { grad: &u, master: &mut master, states: States::F32([]), compute: ComputeCopy::None };
+        let tensors = Tensors {
+            grad: u[..].into(),
+            master: &mut master,
+            states: States::F32([]),
+            compute: ComputeCopy::None,
+        };
         muon.apply_on(Threads::ONE, shape, tensors);
     }
     (master, buffer)

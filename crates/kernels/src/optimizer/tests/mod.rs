@@ -7,8 +7,8 @@ mod same_bits;
 use half::{bf16, f16};
 
 use super::{
-    Adagrad, Adam, BiasCorrection, ComputeCopy, Direction, Lion, Noise, Rule, Sgd, States, Store, Tensors,
-    WeightDecay, apply_with,
+    Adagrad, Adam, BiasCorrection, ComputeCopy, Direction, Gradient, Lion, Noise, Rule, Sgd, States, Store,
+    Tensors, WIDENED_NUMEL, WeightDecay, apply_with,
 };
 use crate::Threads;
 use crate::isa::Isa;
@@ -205,7 +205,7 @@ impl Owned {
             }
         };
         let tensors = Tensors {
-            grad: &self.grad[range(1)],
+            grad: self.grad[range(1)].into(),
             master: &mut self.master[range(2)],
             states,
             compute: match compute {
@@ -273,6 +273,44 @@ fn steps_are_counted_from_1() {
     }
 }
 
+/// Around the elements that are widened together, and past them.
+#[test]
+fn a_gradient_in_16_bits_is_the_same_widened() {
+    for numel in [0, 1, 17, WIDENED_NUMEL - 1, WIDENED_NUMEL, 3 * WIDENED_NUMEL + 5] {
+        let narrow: Vec<bf16> = (0..numel).map(|i| bf16::from_f32(gradient(i, 1))).collect();
+        let halves: Vec<f16> = narrow.iter().map(|x| f16::from_f32(x.to_f32())).collect();
+        let wide: Vec<f32> = narrow.iter().map(|x| x.to_f32()).collect();
+        let wide_halves: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+        let pairs = [
+            (Gradient::Bf16(&narrow), Gradient::F32(&wide)),
+            (Gradient::F16(&halves), Gradient::F32(&wide_halves)),
+        ];
+        for (narrow, wide) in pairs {
+            for precision in [Precision::F32, Precision::Bf16] {
+                let run = |grad: Gradient<'_>, isa: Isa| {
+                    let (mut master, mut copy) = (vec![0.5; numel], vec![bf16::ZERO; numel]);
+                    let (mut m, mut v) = (vec![0.1; numel], vec![0.2; numel]);
+                    let (mut low_m, mut low_v) =
+                        (vec![bf16::from_f32(0.1); numel], vec![bf16::from_f32(0.2); numel]);
+                    let states = match precision {
+                        Precision::F32 => States::F32([&mut m[..], &mut v]),
+                        Precision::Bf16 => {
+                            States::Bf16([&mut low_m[..], &mut low_v], Noise::new(SEED, "unit", 3, 29))
+                        }
+                    };
+                    let compute = ComputeCopy::Bf16(&mut copy);
+                    let tensors = Tensors { grad, master: &mut master, states, compute };
+                    apply_with(isa, Threads::ONE, Store::Cached, ADAM.decoupled(GRAD_SCALE), tensors);
+                    (master, copy, m, v, low_m, low_v)
+                };
+                for isa in Isa::all() {
+                    assert!(run(narrow, isa) == run(wide, isa), "{numel} elements, {precision:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "compute copy against gradients")]
 fn a_copy_of_another_length_is_a_bug() {
@@ -280,7 +318,7 @@ fn a_copy_of_another_length_is_a_bug() {
     let mut short = [bf16::ZERO; 3];
     let [m, v] = &mut owned.states;
     let tensors = Tensors {
-        grad: &owned.grad,
+        grad: owned.grad[..].into(),
         master: &mut owned.master,
         states: States::F32([m, v]),
         compute: ComputeCopy::Bf16(&mut short),

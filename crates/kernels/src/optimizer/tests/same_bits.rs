@@ -113,7 +113,7 @@ proptest! {
                     let noise = Noise::new(3, "unit", step, 1000 + part.start as u64);
                     let states = States::Bf16([&mut m[part.clone()], &mut v[part.clone()]], noise);
                     let (grad, master) = (&grad[part.clone()], &mut master[part.clone()]);
-                    let tensors = Tensors { grad, master, states, compute: ComputeCopy::None };
+                    let tensors = Tensors { grad: grad.into(), master, states, compute: ComputeCopy::None };
                     Adam { step, ..super::ADAM }.step_on(Threads::ONE, GRAD_SCALE, tensors);
                 }
             }
