@@ -16,9 +16,13 @@ typedef long long i64;
 // An entry point. Its only parameter is a structure, so that there is no order of arguments to get wrong.
 #define KERNEL(name, ...) \
     extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ __VA_ARGS__ p)
+// ... that needs many threads to keep memory busy: so many registers that a multiprocessor has room for 1152.
+#define BUSY_KERNEL(name, ...) extern "C" __global__ void __maxnreg__(56) name(const __grid_constant__ __VA_ARGS__ p)
 // Memory that a block shares: `SHARED(float, sums, [8][32])`, or as much as the launch says.
 #define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#else
+#define BUSY_KERNEL KERNEL
 #endif
 
 struct bf16 {
@@ -181,23 +185,23 @@ struct Lanes {
 
 // Calls `each` for all of 0..numel, N elements at a time where `vectors` says that they can be moved so, split among `workers`
 // of whom this is number `worker`. The same worker gets the same elements each time.
-template <int N, class Each>
-__device__ __forceinline__ void for_each(u64 worker, u64 workers, u64 numel, bool vectors, Each each) {
-    const u64 whole = vectors ? numel / N : 0;
-    for (u64 i = worker; i < whole; i += workers) each(Lanes<N>(), i * N);
-    for (u64 i = whole * N + worker; i < numel; i += workers) each(Lanes<1>(), i);
+template <int N, class Index, class Each>
+__device__ __forceinline__ void for_each(Index worker, Index workers, Index numel, bool vectors, Each each) {
+    const Index whole = vectors ? numel / N : 0;
+    for (Index i = worker; i < whole; i += workers) each(Lanes<N>(), i * N);
+    for (Index i = whole * N + worker; i < numel; i += workers) each(Lanes<1>(), i);
 }
 
 // ... among all threads of the grid.
 template <int N, class Each>
 __device__ __forceinline__ void for_each_in_grid(u64 numel, bool vectors, Each each) {
-    for_each<N>(u64(blockIdx.x) * blockDim.x + threadIdx.x, u64(gridDim.x) * blockDim.x, numel, vectors, each);
+    for_each<N, u64>(u64(blockIdx.x) * blockDim.x + threadIdx.x, u64(gridDim.x) * blockDim.x, numel, vectors, each);
 }
 
 // ... among the threads of a block.
 template <int N, class Each>
 __device__ __forceinline__ void for_each_in_block(u64 numel, bool vectors, Each each) {
-    for_each<N>(threadIdx.x, blockDim.x, numel, vectors, each);
+    for_each<N, u64>(threadIdx.x, blockDim.x, numel, vectors, each);
 }
 
 // `a` where it is greater (less), else `b`: so `b` where one of them is NaN.

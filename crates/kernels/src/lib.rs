@@ -15,6 +15,7 @@ pub mod convert;
 pub mod cross_entropy;
 pub mod cuda;
 pub mod dropout;
+pub mod layer_norm;
 pub mod norm;
 pub mod optimizer;
 pub mod philox;

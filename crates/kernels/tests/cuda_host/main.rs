@@ -15,6 +15,7 @@ mod harness;
 mod lamb;
 mod optimizer;
 mod reductions;
+mod row_norm;
 mod split;
 
 use half::{bf16, f16};
