@@ -232,6 +232,28 @@ __device__ __forceinline__ float exponential(float x) {
     return p * __uint_as_float(u32(half + 127) << 23) * __uint_as_float(u32(whole - half + 127) << 23);
 }
 
+// e^x and 1 / x where a GPU's approximations will do: of e^x by 2^-22, and by half a unit in the last place of x / ln 2, which is what
+// counts where x is large; of 1 / x by a unit in the last place. Subnormal results are zero. On the host, the exact ones.
+__device__ __forceinline__ float fast_exponential(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896340736f));
+    return y;
+#else
+    return exponential(x);
+#endif
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // ln of a normal positive number, as in src/philox.rs.
 __device__ __forceinline__ double logarithm(double x) {
     const u64 bits = __double_as_longlong(x);

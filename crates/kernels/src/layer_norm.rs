@@ -12,7 +12,7 @@
 //! "Layer Normalization" (arXiv:1607.06450).
 
 use crate::Float;
-use crate::simd::Scalar;
+use crate::plain::{put, wide};
 
 /// `out = (x - mean) / sqrt(var + eps) * weight + bias`, row by row; keeps the rows' means and factors for [`backward`].
 ///
@@ -95,17 +95,6 @@ pub fn backward<T: Float>(
             *dbias += dy;
         }
     }
-}
-
-fn wide<T: Float>(x: &[T]) -> impl ExactSizeIterator<Item = f32> {
-    // SAFETY: an element of a slice, and a scalar is one lane.
-    x.iter().map(|x| unsafe { T::load(Scalar, x) })
-}
-
-/// Rounds `x` to `to`.
-fn put<T: Float>(to: &mut T, x: f32) {
-    // SAFETY: one element, and a scalar is one lane.
-    unsafe { T::store(Scalar, to, x) }
 }
 
 fn mean(x: impl ExactSizeIterator<Item = f64>) -> f64 {

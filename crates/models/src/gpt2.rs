@@ -58,7 +58,8 @@ impl Layer for Block {
         let (weight, bias) = weight_and_bias(params, "ln_2")?;
         let [x_btd, normed] = ops::add_layer_norm(context, &x_btd, &attended, weight, bias, eps)?;
         let normed = ops::enter(context, &normed)?;
-        let hidden = conv1d(context, params, "mlp.c_fc", &normed)?.f_gelu("tanh")?;
+        let (weight, bias) = weight_and_bias(params, "mlp.c_fc")?;
+        let hidden = ops::conv1d_gelu(context, &normed, weight, bias)?;
         let out = row_conv1d(context, params, "mlp.c_proj", &hidden)?;
         Ok(x_btd.f_add(&self.mlp_dropout.apply_to_residual(context, &out)?)?)
     }

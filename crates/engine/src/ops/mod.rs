@@ -6,6 +6,7 @@
 mod add_norm;
 mod attention;
 mod dropout;
+mod gelu;
 mod gpu;
 mod linear;
 mod loss;
@@ -20,6 +21,7 @@ mod swiglu;
 pub use add_norm::{add_layer_norm, add_rms_norm, add_rms_norm_plain};
 pub use attention::{causal_attention, causal_attention_plain, dropped_causal_attention};
 pub use dropout::Dropout;
+pub use gelu::conv1d_gelu;
 pub(crate) use linear::weight_grad;
 pub use linear::{conv1d, linear};
 pub use loss::{LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_plain};

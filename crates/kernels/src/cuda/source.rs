@@ -1,7 +1,7 @@
 //! The sources in the tree, and the kernels each has.
 
 use super::{
-    CudaKernelError, column_sums, cubin, dropout, lamb, layers, norm, optimizer, pack, row_norm, split,
+    CudaKernelError, column_sums, cubin, dropout, gelu, lamb, layers, norm, optimizer, pack, row_norm, split,
     sum_ranks,
 };
 
@@ -54,6 +54,8 @@ pub enum Source {
     CrossEntropySplit,
     /// Dropout.
     Dropout,
+    /// GELU of a sum with a bias, forward and backward.
+    Gelu,
     /// LAMB's passes.
     Lamb,
     /// LayerNorm, forward and backward.
@@ -83,11 +85,12 @@ const HEADERS: &[Header<'static>] = &[
 
 impl Source {
     /// All sources.
-    pub const ALL: [Source; 13] = [
+    pub const ALL: [Source; 14] = [
         Source::ColumnSums,
         Source::CrossEntropy,
         Source::CrossEntropySplit,
         Source::Dropout,
+        Source::Gelu,
         Source::Lamb,
         Source::LayerNorm,
         Source::Norm,
@@ -116,6 +119,7 @@ impl Source {
             Source::CrossEntropy => source!("cross_entropy.cu", layers::CROSS_ENTROPY_ENTRIES),
             Source::CrossEntropySplit => source!("cross_entropy_split.cu", split::ENTRIES),
             Source::Dropout => source!("dropout.cu", dropout::ENTRIES),
+            Source::Gelu => source!("gelu.cu", gelu::ENTRIES),
             Source::Lamb => source!("lamb.cu", lamb::ENTRIES),
             Source::LayerNorm => source!("layer_norm.cu", row_norm::LAYER_NORM_ENTRIES),
             Source::Norm => source!("norm.cu", norm::ENTRIES),

@@ -11,6 +11,7 @@
 
 mod dropout;
 mod elements;
+mod gelu;
 mod harness;
 mod lamb;
 mod optimizer;
