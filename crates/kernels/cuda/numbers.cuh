@@ -65,9 +65,15 @@ __device__ __forceinline__ float round_to<float>(float x) {
 
 template <>
 __device__ __forceinline__ bf16 round_to<bf16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bf16{bits};
+#else
     const u32 bits = __float_as_uint(x);
     const u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return bf16{u16(x != x ? bits >> 16 | 0x40 : rounded)};
+#endif
 }
 
 template <>
@@ -88,6 +94,28 @@ __device__ __forceinline__ f16 round_to<f16>(float x) {
     return f16{u16(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13)};
 #endif
 }
+
+// Two rounded to a word, the first in its low half: one instruction since sm_80, for both types.
+template <class T>
+__device__ __forceinline__ u32 round_two(float low, float high) {
+    return round_to<T>(low).bits | u32(round_to<T>(high).bits) << 16;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ u32 round_two<bf16>(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+template <>
+__device__ __forceinline__ u32 round_two<f16>(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#endif
 
 // Elements of T that fill 16 bytes.
 template <class T>
@@ -135,9 +163,10 @@ struct Packed {
     static __device__ __forceinline__ float get(const u32* words, int k) {
         return widen(T{u16(words[k / 2] >> 16 * (k % 2))});
     }
-    static __device__ __forceinline__ void set(u32* words, int k, float x) {
-        const u32 bits = round_to<T>(x).bits;
-        words[k / 2] = k % 2 == 0 ? bits : words[k / 2] | bits << 16;
+    template <int N>
+    static __device__ __forceinline__ void set(u32* words, const float (&x)[N]) {
+        UNROLL
+        for (int k = 0; k < N; k += 2) words[k / 2] = round_two<T>(x[k], x[k + 1]);
     }
 };
 
@@ -146,8 +175,10 @@ struct Packed<float> {
     static __device__ __forceinline__ float get(const u32* words, int k) {
         return __uint_as_float(words[k]);
     }
-    static __device__ __forceinline__ void set(u32* words, int k, float x) {
-        words[k] = __float_as_uint(x);
+    template <int N>
+    static __device__ __forceinline__ void set(u32* words, const float (&x)[N]) {
+        UNROLL
+        for (int k = 0; k < N; k++) words[k] = __float_as_uint(x[k]);
     }
 };
 
@@ -171,8 +202,7 @@ __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
         *to = round_to<T>(x[0]);
     } else {
         u32 words[N * sizeof(T) / 4];
-        UNROLL
-        for (int k = 0; k < N; k++) Packed<T>::set(words, k, x[k]);
+        Packed<T>::set(words, x);
         Words<N * sizeof(T)>::store(to, words);
     }
 }
