@@ -2,7 +2,7 @@
 //
 // Arithmetic is that of the CPU kernels, operation by operation. A compiler may fuse nothing by itself (--fmad=false):
 // where the CPU fuses, the source says fmaf. bf16 and f16 are storage; all arithmetic is float, as sm_75 has none on bf16.
-// Results have the CPU's bits but for which NaN a NaN is.
+// Results have the CPU's bits but for which NaN a NaN is, and where a GPU's approximations are asked for by name (fast_..).
 #pragma once
 
 typedef unsigned short u16;
@@ -241,6 +241,15 @@ __device__ __forceinline__ float larger(float a, float b) {
 
 __device__ __forceinline__ float smaller(float a, float b) {
     return a < b ? a : b;
+}
+
+// The larger one that is a number; one instruction on a GPU, where 0 is larger than -0.
+__device__ __forceinline__ float larger_number(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(a, b);
+#else
+    return larger(a, b);
+#endif
 }
 
 // e^x as in src/simd/exp.rs, which says why.

@@ -103,7 +103,8 @@ impl SwigluBackward {
 }
 
 /// [`crate::cross_entropy::forward_backward`], [`in_place`](crate::cross_entropy::in_place) or
-/// [`loss_only`](crate::cross_entropy::loss_only), row by row; sums differ in rounding.
+/// [`loss_only`](crate::cross_entropy::loss_only), row by row; sums differ in rounding, and
+/// a GPU's exponentials by some 1e-7.
 ///
 /// A row whose target is no class has the loss NaN and no gradient, and lowers `bad_row`, so the caller finds out
 /// without a pass of its own.
