@@ -3,7 +3,7 @@
 //     read a row once: maximum and sum of exponentials together       read it again: write the gradient
 //
 // The sum is kept relative to the largest element so far and scaled down when a larger one comes, which rounds
-// differently from the CPU's two passes.
+// differently from the CPU's two passes. On a GPU exponentials are its approximations.
 #include "softmax.cuh"
 
 template <class T>
@@ -46,19 +46,9 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropy<T>& p) {
             p.losses[row] = loss_of(softmax.max, sum, of_target);
         }
         if (p.grad == nullptr) continue;
-        T* grad = p.grad + row * p.stride;
         const float inverse = float(double(p.scale) / sum);
-        for_each_in_block<V>(p.classes, vectors, [&](auto lanes, u64 at) {
-            constexpr int N = decltype(lanes)::COUNT;
-            float x[N];
-            load(logits + at, x);
-            UNROLL
-            for (int k = 0; k < N; k++) {
-                const float e = exponential(x[k] - softmax.max);
-                x[k] = at + k == u64(target) ? fmaf(e, inverse, -p.scale) : e * inverse;
-            }
-            store(grad + at, x);
-        });
+        T* grad = p.grad + row * p.stride;
+        gradients_of_row<V>(logits, grad, p.classes, vectors, u64(target), softmax.max, inverse, p.scale);
     }
 }
 

@@ -2,7 +2,7 @@
 //
 //     partial      a block takes a row      what the other ranks have to know of it; sums differ from the CPU's in rounding
 //     combine      a thread takes a row     the CPU's bits, of the same parts
-//     gradients    a block takes a row      the CPU's bits, of the same rows
+//     gradients    a block takes a row      the CPU's bits, of the same rows, but for a GPU's exponentials
 //
 // A row whose target is no class has the loss NaN and no gradient, and is told.
 #include "softmax.cuh"
@@ -111,17 +111,7 @@ __device__ __forceinline__ void gradients(const SplitGradients<T>& p) {
         const RowSoftmax softmax = p.softmax[row];
         const float inverse = float(double(p.scale) / softmax.sum);
         const u64 own = u64(target) - p.first_class;  // wraps below the first
-        for_each_in_block<V>(p.width, vectors, [&](auto lanes, u64 at) {
-            constexpr int N = decltype(lanes)::COUNT;
-            float x[N];
-            load(logits + at, x);
-            UNROLL
-            for (int k = 0; k < N; k++) {
-                const float e = exponential(x[k] - softmax.max);
-                x[k] = at + k == own ? fmaf(e, inverse, -p.scale) : e * inverse;
-            }
-            store(logits + at, x);
-        });
+        gradients_of_row<V>(logits, logits, p.width, vectors, own, softmax.max, inverse, p.scale);
     }
 }
 

@@ -2,7 +2,7 @@
 //
 // Arithmetic is that of the CPU kernels, operation by operation. A compiler may fuse nothing by itself (--fmad=false):
 // where the CPU fuses, the source says fmaf. bf16 and f16 are storage; all arithmetic is float, as sm_75 has none on bf16.
-// Results have the CPU's bits but for which NaN a NaN is.
+// Results have the CPU's bits but for which NaN a NaN is, and where a GPU's approximations are asked for by name (fast_..).
 #pragma once
 
 typedef unsigned short u16;
@@ -16,9 +16,13 @@ typedef long long i64;
 // An entry point. Its only parameter is a structure, so that there is no order of arguments to get wrong.
 #define KERNEL(name, ...) \
     extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ __VA_ARGS__ p)
+// ... that needs many threads to keep memory busy: so many registers that a multiprocessor has room for 1152.
+#define BUSY_KERNEL(name, ...) extern "C" __global__ void __maxnreg__(56) name(const __grid_constant__ __VA_ARGS__ p)
 // Memory that a block shares: `SHARED(float, sums, [8][32])`, or as much as the launch says.
 #define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#else
+#define BUSY_KERNEL KERNEL
 #endif
 
 struct bf16 {
@@ -61,9 +65,15 @@ __device__ __forceinline__ float round_to<float>(float x) {
 
 template <>
 __device__ __forceinline__ bf16 round_to<bf16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bf16{bits};
+#else
     const u32 bits = __float_as_uint(x);
     const u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return bf16{u16(x != x ? bits >> 16 | 0x40 : rounded)};
+#endif
 }
 
 template <>
@@ -84,6 +94,28 @@ __device__ __forceinline__ f16 round_to<f16>(float x) {
     return f16{u16(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13)};
 #endif
 }
+
+// Two rounded to a word, the first in its low half: one instruction since sm_80, for both types.
+template <class T>
+__device__ __forceinline__ u32 round_two(float low, float high) {
+    return round_to<T>(low).bits | u32(round_to<T>(high).bits) << 16;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ u32 round_two<bf16>(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+template <>
+__device__ __forceinline__ u32 round_two<f16>(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#endif
 
 // Elements of T that fill 16 bytes.
 template <class T>
@@ -131,9 +163,10 @@ struct Packed {
     static __device__ __forceinline__ float get(const u32* words, int k) {
         return widen(T{u16(words[k / 2] >> 16 * (k % 2))});
     }
-    static __device__ __forceinline__ void set(u32* words, int k, float x) {
-        const u32 bits = round_to<T>(x).bits;
-        words[k / 2] = k % 2 == 0 ? bits : words[k / 2] | bits << 16;
+    template <int N>
+    static __device__ __forceinline__ void set(u32* words, const float (&x)[N]) {
+        UNROLL
+        for (int k = 0; k < N; k += 2) words[k / 2] = round_two<T>(x[k], x[k + 1]);
     }
 };
 
@@ -142,8 +175,10 @@ struct Packed<float> {
     static __device__ __forceinline__ float get(const u32* words, int k) {
         return __uint_as_float(words[k]);
     }
-    static __device__ __forceinline__ void set(u32* words, int k, float x) {
-        words[k] = __float_as_uint(x);
+    template <int N>
+    static __device__ __forceinline__ void set(u32* words, const float (&x)[N]) {
+        UNROLL
+        for (int k = 0; k < N; k++) words[k] = __float_as_uint(x[k]);
     }
 };
 
@@ -167,8 +202,7 @@ __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
         *to = round_to<T>(x[0]);
     } else {
         u32 words[N * sizeof(T) / 4];
-        UNROLL
-        for (int k = 0; k < N; k++) Packed<T>::set(words, k, x[k]);
+        Packed<T>::set(words, x);
         Words<N * sizeof(T)>::store(to, words);
     }
 }
@@ -181,23 +215,23 @@ struct Lanes {
 
 // Calls `each` for all of 0..numel, N elements at a time where `vectors` says that they can be moved so, split among `workers`
 // of whom this is number `worker`. The same worker gets the same elements each time.
-template <int N, class Each>
-__device__ __forceinline__ void for_each(u64 worker, u64 workers, u64 numel, bool vectors, Each each) {
-    const u64 whole = vectors ? numel / N : 0;
-    for (u64 i = worker; i < whole; i += workers) each(Lanes<N>(), i * N);
-    for (u64 i = whole * N + worker; i < numel; i += workers) each(Lanes<1>(), i);
+template <int N, class Index, class Each>
+__device__ __forceinline__ void for_each(Index worker, Index workers, Index numel, bool vectors, Each each) {
+    const Index whole = vectors ? numel / N : 0;
+    for (Index i = worker; i < whole; i += workers) each(Lanes<N>(), i * N);
+    for (Index i = whole * N + worker; i < numel; i += workers) each(Lanes<1>(), i);
 }
 
 // ... among all threads of the grid.
 template <int N, class Each>
 __device__ __forceinline__ void for_each_in_grid(u64 numel, bool vectors, Each each) {
-    for_each<N>(u64(blockIdx.x) * blockDim.x + threadIdx.x, u64(gridDim.x) * blockDim.x, numel, vectors, each);
+    for_each<N, u64>(u64(blockIdx.x) * blockDim.x + threadIdx.x, u64(gridDim.x) * blockDim.x, numel, vectors, each);
 }
 
 // ... among the threads of a block.
 template <int N, class Each>
 __device__ __forceinline__ void for_each_in_block(u64 numel, bool vectors, Each each) {
-    for_each<N>(threadIdx.x, blockDim.x, numel, vectors, each);
+    for_each<N, u64>(threadIdx.x, blockDim.x, numel, vectors, each);
 }
 
 // `a` where it is greater (less), else `b`: so `b` where one of them is NaN.
@@ -207,6 +241,15 @@ __device__ __forceinline__ float larger(float a, float b) {
 
 __device__ __forceinline__ float smaller(float a, float b) {
     return a < b ? a : b;
+}
+
+// The larger one that is a number; one instruction on a GPU, where 0 is larger than -0.
+__device__ __forceinline__ float larger_number(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(a, b);
+#else
+    return larger(a, b);
+#endif
 }
 
 // e^x as in src/simd/exp.rs, which says why.
@@ -226,6 +269,28 @@ __device__ __forceinline__ float exponential(float x) {
     // By halves: each is a normal number, the first product is exact.
     const int whole = n == n ? int(n) : 0, half = whole >> 1;
     return p * __uint_as_float(u32(half + 127) << 23) * __uint_as_float(u32(whole - half + 127) << 23);
+}
+
+// e^x and 1 / x where a GPU's approximations will do: of e^x by 2^-22, and by half a unit in the last place of x / ln 2, which is what
+// counts where x is large; of 1 / x by a unit in the last place. Subnormal results are zero. On the host, the exact ones.
+__device__ __forceinline__ float fast_exponential(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896340736f));
+    return y;
+#else
+    return exponential(x);
+#endif
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
 }
 
 // ln of a normal positive number, as in src/philox.rs.

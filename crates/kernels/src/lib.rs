@@ -15,6 +15,8 @@ pub mod convert;
 pub mod cross_entropy;
 pub mod cuda;
 pub mod dropout;
+pub mod gelu;
+pub mod layer_norm;
 pub mod norm;
 pub mod optimizer;
 pub mod philox;
@@ -26,6 +28,7 @@ pub mod swiglu;
 
 mod isa;
 mod parallel;
+mod plain;
 mod rows;
 mod simd;
 #[cfg(test)]

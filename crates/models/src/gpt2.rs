@@ -50,10 +50,16 @@ impl Layer for Block {
         params: &Params<'_>,
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
-        let attended = self.attention(context, params, &self.norm(params, "ln_1", x_btd)?)?;
-        let x_btd = x_btd.f_add(&self.attention_dropout.apply_to_residual(context, &attended)?)?;
-        let normed = ops::enter(context, &self.norm(params, "ln_2", &x_btd)?)?;
-        let hidden = conv1d(context, params, "mlp.c_fc", &normed)?.f_gelu("tanh")?;
+        let eps = self.config.layer_norm_epsilon;
+        let (weight, bias) = weight_and_bias(params, "ln_1")?;
+        let [x_btd, normed] = ops::fork_layer_norm(context, x_btd, weight, bias, eps)?;
+        let attended = self.attention(context, params, &normed)?;
+        let attended = self.attention_dropout.apply_to_residual(context, &attended)?;
+        let (weight, bias) = weight_and_bias(params, "ln_2")?;
+        let [x_btd, normed] = ops::add_layer_norm(context, &x_btd, &attended, weight, bias, eps)?;
+        let normed = ops::enter(context, &normed)?;
+        let (weight, bias) = weight_and_bias(params, "mlp.c_fc")?;
+        let hidden = ops::conv1d_gelu(context, &normed, weight, bias)?;
         let out = row_conv1d(context, params, "mlp.c_proj", &hidden)?;
         Ok(x_btd.f_add(&self.mlp_dropout.apply_to_residual(context, &out)?)?)
     }
@@ -87,16 +93,15 @@ impl Block {
         let out_bthe = ops::dropped_causal_attention(context, &self.probabilities_dropout, &q, &k, &v)?;
         row_conv1d(context, params, "attn.c_proj", &out_bthe.f_reshape([b, t, -1])?)
     }
+}
 
-    fn norm(&self, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
-        let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
-        ops::layer_norm(x, weight, bias, self.config.layer_norm_epsilon)
-    }
+fn weight_and_bias<'p>(params: &Params<'p>, name: &str) -> Result<(&'p Tensor, &'p Tensor), EngineError> {
+    Ok((params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?))
 }
 
 /// A linear map, its matrix kept as `[in, out]`.
 fn conv1d(context: &Context<'_>, params: &Params<'_>, name: &str, x: &Tensor) -> Result<Tensor, EngineError> {
-    let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
+    let (weight, bias) = weight_and_bias(params, name)?;
     ops::conv1d(context, x, weight, Some(bias))
 }
 
@@ -107,6 +112,6 @@ fn row_conv1d(
     name: &str,
     x: &Tensor,
 ) -> Result<Tensor, EngineError> {
-    let (weight, bias) = (params.get(&format!("{name}.weight"))?, params.get(&format!("{name}.bias"))?);
+    let (weight, bias) = weight_and_bias(params, name)?;
     ops::row_conv1d(context, x, weight, Some(bias))
 }

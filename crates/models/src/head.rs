@@ -38,7 +38,7 @@ impl Layer for LmHead {
         let x = match self.norm {
             FinalNorm::Rms { eps } => ops::rms_norm(context, input, weight, eps)?,
             FinalNorm::Layer { eps } => {
-                ops::layer_norm(input, weight, params.get(&format!("{}.bias", self.norm_key))?, eps)?
+                ops::layer_norm(context, input, weight, params.get(&format!("{}.bias", self.norm_key))?, eps)?
             }
         };
         let x = ops::enter(context, &x)?;

@@ -59,10 +59,11 @@ impl Layer for Block {
         x_btd: &Tensor,
     ) -> Result<Tensor, EngineError> {
         let eps = self.config.rms_norm_eps;
-        let normed = ops::rms_norm(context, x_btd, params.get("input_layernorm.weight")?, eps)?;
+        let weight = params.get("input_layernorm.weight")?;
+        let [x_btd, normed] = ops::fork_rms_norm(context, x_btd, weight, eps)?;
         let attended = self.attention(context, params, &normed)?;
         let weight = params.get("post_attention_layernorm.weight")?;
-        let [x_btd, normed] = ops::add_rms_norm(context, x_btd, &attended, weight, eps)?;
+        let [x_btd, normed] = ops::add_rms_norm(context, &x_btd, &attended, weight, eps)?;
         Ok(x_btd.f_add(&self.mlp(context, params, &normed)?)?)
     }
 }

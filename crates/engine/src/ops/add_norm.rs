@@ -1,18 +1,15 @@
-//! A residual's addition and the norm after it, in one pass: what stands between attention and MLP in a block of Llama.
+//! A residual's addition and the norm after it, in one pass: what stands between attention and MLP in a block.
 
 use half::{bf16, f16};
-use shardwise_kernels::cuda::{AddRmsNormBackward, AddRmsNormForward, RmsNormBackward, RmsNormWeightGrad};
 use shardwise_kernels::rms_norm::fused as kernel;
 use shardwise_torch::function::{Saved, link};
 use shardwise_torch::{Kind, Tensor, TorchError, no_grad};
 
-use super::gpu::{OnGpu, address, on_gpu};
-use super::norm::rms_norm_plain;
+use super::norm::{layer_norm_plain, rms_norm_plain};
+use super::norm_gpu::NormOnGpu;
 use super::raw::{Fused, elements, elements_mut, fused_kind, threads};
 use crate::{Context, EngineError};
 use shardwise_kernels::Float;
-
-const NAME: &str = "add_rms_norm";
 
 /// `sum = x + residual`, and [`rms_norm`](super::rms_norm) of the sum, with the bits of the two one after the other.
 ///
@@ -32,8 +29,8 @@ pub fn add_rms_norm(
     if x.size() != residual.size() {
         return add_rms_norm_plain(x, residual, weight, eps);
     }
-    if let Some(gpu) = on_gpu(context, &inputs) {
-        return on_a_gpu(gpu, inputs, eps);
+    if let Some(norm) = NormOnGpu::of(context, &[x, residual], weight, None, eps) {
+        return norm.add(x, residual);
     }
     match fused_kind(&inputs) {
         Some(Kind::BFloat16) => fused::<bf16>(inputs, eps),
@@ -56,6 +53,32 @@ pub fn add_rms_norm_plain(
     let sum = x.f_add(residual)?;
     let out = rms_norm_plain(&sum, weight, eps)?;
     Ok([sum, out])
+}
+
+/// `sum = x + residual`, and [`layer_norm`](super::layer_norm) of the sum: one pass on a GPU, libtorch's operations on the host.
+///
+/// # Shapes
+/// - `x`, `residual`: `[.., width]`; `weight`, `bias`: `[width]`
+/// - returns `sum` and its norm, both like `x`
+/// # Errors
+/// What libtorch says.
+pub fn add_layer_norm(
+    context: &Context<'_>,
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> Result<[Tensor; 2], EngineError> {
+    let on_gpu = NormOnGpu::of(context, &[x, residual], weight, Some(bias), eps);
+    match on_gpu.filter(|_| x.size() == residual.size()) {
+        Some(norm) => norm.add(x, residual),
+        None => {
+            let sum = x.f_add(residual)?;
+            let out = layer_norm_plain(&sum, weight, bias, eps)?;
+            Ok([sum, out])
+        }
+    }
 }
 
 /// Gradients of the sum and of the weight.
@@ -114,48 +137,6 @@ fn fused<T: Fused + Float>(inputs: [&Tensor; 3], eps: f64) -> Result<[Tensor; 2]
             elements_mut::<T>(&mut dx),
             elements_mut::<f32>(&mut dweight),
         );
-        Ok([dx, dweight])
-    })
-}
-
-fn on_a_gpu(gpu: OnGpu, inputs: [&Tensor; 3], eps: f64) -> Result<[Tensor; 2], EngineError> {
-    let [x, residual, weight] = inputs;
-    let width = weight.numel() as u64;
-    let rows = x.numel() as u64 / width.max(1);
-    let (sum, out) = (x.f_empty_like()?, x.f_empty_like()?);
-    let inv_rms = Tensor::f_empty([rows as i64], (Kind::Float, x.device()))?;
-    let forward = AddRmsNormForward {
-        x: address(x),
-        residual: address(residual),
-        sum: address(&sum),
-        weight: address(weight),
-        out: address(&out),
-        inv_rms: address(&inv_rms),
-        rows,
-        width,
-        eps: eps as f32,
-    };
-    gpu.run(NAME, &forward.launch(gpu.float))?;
-    linked(inputs, [sum, out, inv_rms], move |[sum, weight, inv_rms], dsum, dy| {
-        let dx = sum.f_empty_like()?;
-        let float = (Kind::Float, sum.device());
-        let num_partials = RmsNormBackward::num_partials(rows);
-        let partial = Tensor::f_empty([num_partials as i64, width as i64], float)?;
-        let dweight = Tensor::f_empty(weight.size(), float)?;
-        let norm = RmsNormBackward {
-            x: address(sum),
-            weight: address(weight),
-            inv_rms: address(inv_rms),
-            dy: address(dy),
-            dx: address(&dx),
-            partial_dweight: address(&partial),
-            rows,
-            width,
-        };
-        gpu.run(NAME, &AddRmsNormBackward { norm, dsum: address(dsum) }.launch(gpu.float))?;
-        let partial_dweight = address(&partial);
-        let add = RmsNormWeightGrad { partial_dweight, dweight: address(&dweight), num_partials, width };
-        gpu.run(NAME, &add.launch())?;
         Ok([dx, dweight])
     })
 }

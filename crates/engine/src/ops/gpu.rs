@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use shardwise_kernels::cuda::{DevicePtr, FloatType, Launch, Params};
+use shardwise_kernels::cuda::{ColumnSums, DevicePtr, FloatType, Launch, Params};
 use shardwise_kernels::processor::GpuProcessor;
 use shardwise_torch::{Kind, Tensor, TorchError};
 
@@ -39,6 +39,20 @@ impl OnGpu {
         // the stream's order, by libtorch too.
         unsafe { self.gpu.run(launch, []) }
             .map_err(|error| TorchError::Own { operation, source: Box::new(error) })
+    }
+
+    /// The sums, rounded to the type here, of `width` columns of which each block of a kernel has made a part: `f32`, `[.., width]`.
+    pub fn column_sums(
+        &self,
+        operation: &'static str,
+        partials: &Tensor,
+        width: u64,
+    ) -> Result<Tensor, TorchError> {
+        let sums = Tensor::f_empty([width as i64], (self.kind, partials.device()))?;
+        let num_partials = partials.numel() as u64 / width.max(1);
+        let add = ColumnSums { partials: address(partials), sums: address(&sums), num_partials, width };
+        self.run(operation, &add.launch(self.float))?;
+        Ok(sums)
     }
 }
 

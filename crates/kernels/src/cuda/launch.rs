@@ -96,7 +96,8 @@ pub struct LaunchPlan {
     pub shared_bytes: u32,
 }
 
-const WARP: u64 = 32;
+/// Threads of a warp.
+pub(super) const WARP: u64 = 32;
 
 impl LaunchPlan {
     /// Threads of a block where elements are alone.

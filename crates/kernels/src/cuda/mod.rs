@@ -17,9 +17,11 @@
 
 mod cache;
 mod code;
+mod column_sums;
 mod cubin;
 mod dropout;
 mod error;
+mod gelu;
 mod lamb;
 mod launch;
 mod layers;
@@ -27,6 +29,7 @@ mod norm;
 mod nvrtc;
 mod optimizer;
 mod pack;
+mod row_norm;
 mod search;
 mod source;
 mod split;
@@ -34,19 +37,19 @@ mod sum_ranks;
 
 pub use cache::{Cubin, KernelCache, Origin};
 pub use code::CompiledCode;
+pub use column_sums::ColumnSums;
 pub use cubin::entry_points;
 pub use dropout::Dropout;
 pub use error::{Attempt, CudaKernelError};
+pub use gelu::{GeluBackward, GeluForward};
 pub use lamb::{LambApply, LambApplyBuffers, LambMomentBuffers, LambMoments, LambNorms, LambRowSums};
 pub use launch::{DevicePtr, Entry, FloatType, Launch, LaunchPlan, Params};
-pub use layers::{
-    AddRmsNormBackward, AddRmsNormForward, CrossEntropy, RmsNormBackward, RmsNormForward, RmsNormWeightGrad,
-    Rotate, SwigluBackward, SwigluForward,
-};
+pub use layers::{CrossEntropy, Rotate, SwigluBackward, SwigluForward};
 pub use norm::{SumInOrder, SumsOfSquares};
 pub use nvrtc::{Arch, Compiled, Nvrtc, Version};
 pub use optimizer::{AdagradStep, AdamStep, DeviceCopy, DeviceStates, LionStep, SgdStep, StepBuffers};
 pub use pack::{Pack, Segment};
+pub use row_norm::{AddNormBackward, AddNormForward, NormBackward, NormForward, RowNorm};
 pub use search::Search;
 pub use source::{Header, Program, Source};
 pub use split::{SplitCombine, SplitGradients, SplitPartial};

@@ -1,6 +1,9 @@
 //! The sources in the tree, and the kernels each has.
 
-use super::{CudaKernelError, cubin, dropout, lamb, layers, norm, optimizer, pack, split, sum_ranks};
+use super::{
+    CudaKernelError, column_sums, cubin, dropout, gelu, lamb, layers, norm, optimizer, pack, row_norm, split,
+    sum_ranks,
+};
 
 /// A text that sources include by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,14 +46,20 @@ impl Program<'_> {
 /// A source in the tree: compiled, loaded and cached as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
+    /// Sums of columns.
+    ColumnSums,
     /// Cross-entropy and its gradient.
     CrossEntropy,
     /// Cross-entropy over a split vocabulary.
     CrossEntropySplit,
     /// Dropout.
     Dropout,
+    /// GELU of a sum with a bias, forward and backward.
+    Gelu,
     /// LAMB's passes.
     Lamb,
+    /// LayerNorm, forward and backward.
+    LayerNorm,
     /// Sums of squares.
     Norm,
     /// Optimizer steps.
@@ -70,16 +79,20 @@ pub enum Source {
 const HEADERS: &[Header<'static>] = &[
     Header { name: "numbers.cuh", text: include_str!("../../cuda/numbers.cuh") },
     Header { name: "reduce.cuh", text: include_str!("../../cuda/reduce.cuh") },
+    Header { name: "row_norm.cuh", text: include_str!("../../cuda/row_norm.cuh") },
     Header { name: "softmax.cuh", text: include_str!("../../cuda/softmax.cuh") },
 ];
 
 impl Source {
     /// All sources.
-    pub const ALL: [Source; 11] = [
+    pub const ALL: [Source; 14] = [
+        Source::ColumnSums,
         Source::CrossEntropy,
         Source::CrossEntropySplit,
         Source::Dropout,
+        Source::Gelu,
         Source::Lamb,
+        Source::LayerNorm,
         Source::Norm,
         Source::Optimizer,
         Source::Pack,
@@ -102,14 +115,17 @@ impl Source {
             };
         }
         match self {
+            Source::ColumnSums => source!("column_sums.cu", column_sums::ENTRIES),
             Source::CrossEntropy => source!("cross_entropy.cu", layers::CROSS_ENTROPY_ENTRIES),
             Source::CrossEntropySplit => source!("cross_entropy_split.cu", split::ENTRIES),
             Source::Dropout => source!("dropout.cu", dropout::ENTRIES),
+            Source::Gelu => source!("gelu.cu", gelu::ENTRIES),
             Source::Lamb => source!("lamb.cu", lamb::ENTRIES),
+            Source::LayerNorm => source!("layer_norm.cu", row_norm::LAYER_NORM_ENTRIES),
             Source::Norm => source!("norm.cu", norm::ENTRIES),
             Source::Optimizer => source!("optimizer.cu", optimizer::ENTRIES),
             Source::Pack => source!("pack.cu", pack::ENTRIES),
-            Source::RmsNorm => source!("rms_norm.cu", layers::RMS_NORM_ENTRIES),
+            Source::RmsNorm => source!("rms_norm.cu", row_norm::RMS_NORM_ENTRIES),
             Source::Rotary => source!("rotary.cu", layers::ROTARY_ENTRIES),
             Source::SumRanks => source!("sum_ranks.cu", sum_ranks::ENTRIES),
             Source::Swiglu => source!("swiglu.cu", layers::SWIGLU_ENTRIES),

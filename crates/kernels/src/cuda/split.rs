@@ -76,7 +76,7 @@ impl SplitCombine {
     }
 }
 
-/// [`crate::cross_entropy::split::gradients`], bit for bit. A row whose target is no class is left as it is.
+/// [`crate::cross_entropy::split::gradients`], but for a GPU's exponentials. A row whose target is no class is left as it is.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct SplitGradients {

@@ -11,10 +11,12 @@
 
 mod dropout;
 mod elements;
+mod gelu;
 mod harness;
 mod lamb;
 mod optimizer;
 mod reductions;
+mod row_norm;
 mod split;
 
 use half::{bf16, f16};

@@ -66,6 +66,8 @@ fn stages_on_a_gpu_agree_bit_for_bit_offloaded_too() {
         }
         run(ZeroStage::Three, ALL_OFFLOADED, Overlap::SideThread).assert_same_bits(&first, "all offloaded");
     }
+    let run = |stage| Run { accum: 1, ..run(&gpt2(), [1, 2, 1], stage, DType::Bf16, ON_GPU) }.trace();
+    run(ZeroStage::Three).assert_same_bits(&run(ZeroStage::Zero), "GPT-2");
 }
 
 #[test]
