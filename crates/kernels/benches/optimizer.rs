@@ -18,7 +18,8 @@ use std::time::Instant;
 use half::bf16;
 use shardwise_device::{Buffer, DType, Element, Place};
 use shardwise_kernels::optimizer::{
-    Adam, BiasCorrection, ComputeCopy, Lamb, Lion, Noise, States, Tensors, WeightDecay, orthogonalize_on,
+    Adam, BiasCorrection, ComputeCopy, Gradient, Lamb, Lion, Noise, States, Tensors, WeightDecay,
+    orthogonalize_on,
 };
 use shardwise_kernels::{Threads, add, cast, norm, philox};
 
@@ -57,7 +58,7 @@ const KERNELS: [Case; 13] = [
         run: |x, n| {
             let states = States::F32([x.exp_avg]);
             let tensors =
-                Tensors { grad: x.grad.into(), master: x.master, states, compute: ComputeCopy::None };
+                Tensors { grad: Gradient::F32(x.grad), master: x.master, states, compute: ComputeCopy::None };
             LION.step_on(n, 0.5, tensors);
         },
     },
@@ -69,7 +70,7 @@ const KERNELS: [Case; 13] = [
             x.step += 1;
             let states = States::Bf16([x.copy], Noise::new(1, "bench", x.step, 0));
             let tensors =
-                Tensors { grad: x.grad.into(), master: x.master, states, compute: ComputeCopy::None };
+                Tensors { grad: Gradient::F32(x.grad), master: x.master, states, compute: ComputeCopy::None };
             LION.step_on(n, 0.5, tensors);
         },
     },
@@ -244,7 +245,7 @@ fn update(
         step: x.step,
     };
     let states = States::F32([x.exp_avg, x.exp_avg_sq]);
-    let tensors = Tensors { grad: x.grad.into(), master: x.master, states, compute: compute(x.copy) };
+    let tensors = Tensors { grad: Gradient::F32(x.grad), master: x.master, states, compute: compute(x.copy) };
     adam.step_on(threads, grad_scale, tensors);
 }
 

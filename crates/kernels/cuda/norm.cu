@@ -13,7 +13,7 @@ struct Squared {
     const void* x;
     u64 numel;
     // Blocks of the arrays before this one.
-    u64 first_block;
+    u64 first;
 };
 
 // Many arrays at once: each alone would leave most of a device idle.
@@ -32,15 +32,8 @@ template <class T>
 __device__ __forceinline__ void sum_of_squares(const SumsOfSquares& p) {
     const u32 lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (u64 block = u64(blockIdx.x) * warps + threadIdx.x / WARP; block < p.num_blocks; block += u64(gridDim.x) * warps) {
-        // The last array that begins at or before the block.
-        u32 low = 0, high = p.num_arrays;
-        while (high - low > 1) {
-            const u32 middle = (low + high) / 2;
-            if (p.arrays[middle].first_block <= block) low = middle;
-            else high = middle;
-        }
-        const Squared& array = p.arrays[low];
-        const u64 start = (block - array.first_block) * BLOCK_NUMEL, left = array.numel - start;
+        const Squared& array = p.arrays[array_of(p.arrays, p.num_arrays, block)];
+        const u64 start = (block - array.first) * BLOCK_NUMEL, left = array.numel - start;
         const u32 numel = u32(left < BLOCK_NUMEL ? left : BLOCK_NUMEL);
         const T* x = static_cast<const T*>(array.x) + start;
         double sum = 0.0;
@@ -87,8 +80,8 @@ __device__ __forceinline__ void add_in_order(const double* terms, u64 numel, dou
 // The sums of an array's blocks in order. A block for each array.
 KERNEL(sum_blocks_in_order, SumsOfSquares) {
     for (u32 array = blockIdx.x; array < p.num_arrays; array += gridDim.x) {
-        const u64 first = p.arrays[array].first_block;
-        const u64 end = array + 1 < p.num_arrays ? p.arrays[array + 1].first_block : p.num_blocks;
+        const u64 first = p.arrays[array].first;
+        const u64 end = array + 1 < p.num_arrays ? p.arrays[array + 1].first : p.num_blocks;
         add_in_order(p.blocks + first, end - first, p.totals + array);
     }
 }

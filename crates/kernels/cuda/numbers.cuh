@@ -234,6 +234,18 @@ __device__ __forceinline__ void for_each_in_block(u64 numel, bool vectors, Each 
     for_each<N, u64>(threadIdx.x, blockDim.x, numel, vectors, each);
 }
 
+// Which of `count` arrays a piece is of, where `first` is the number of each array's first piece: the last that begins at or before it.
+template <class Array>
+__device__ __forceinline__ u32 array_of(const Array* arrays, u32 count, u64 piece) {
+    u32 low = 0, high = count;
+    while (high - low > 1) {
+        const u32 middle = (low + high) / 2;
+        if (arrays[middle].first <= piece) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 // `a` where it is greater (less), else `b`: so `b` where one of them is NaN.
 __device__ __forceinline__ float larger(float a, float b) {
     return a > b ? a : b;

@@ -25,14 +25,6 @@ struct Step {
     Rule rule;
 };
 
-// The gradient, widened. The type is the same for all threads of a launch, so that nobody takes another way.
-template <int N>
-__device__ __forceinline__ void load_grad(const void* grad, u32 type, u64 at, float (&x)[N]) {
-    if (type == GRAD_BF16) load(static_cast<const bf16*>(grad) + at, x);
-    else if (type == GRAD_F16) load(static_cast<const f16*>(grad) + at, x);
-    else load(static_cast<const float*>(grad) + at, x);
-}
-
 template <int N>
 __device__ __forceinline__ void store_copy(void* copy, u32 type, u64 at, const float (&x)[N]) {
     if (type == COPY_BF16) store(static_cast<bf16*>(copy) + at, x);
@@ -40,17 +32,15 @@ __device__ __forceinline__ void store_copy(void* copy, u32 type, u64 at, const f
 }
 
 // States in float: four elements at a time.
-template <class Rule>
-__device__ __forceinline__ void step(const Step<float, Rule>& p) {
+template <class Grad, class Rule>
+__device__ __forceinline__ void step_over(const Step<float, Rule>& p, const Grad* grads) {
     constexpr int V = VECTOR<float>, K = Rule::NUM_STATES;
-    bool vectors = p.grad_type == GRAD_FLOAT ? aligned<V>(static_cast<const float*>(p.grad))
-                                             : aligned<V>(static_cast<const u16*>(p.grad));
-    vectors = vectors && aligned<V>(p.master) && aligned<V>(static_cast<const u16*>(p.copy));
+    bool vectors = aligned<V>(grads) && aligned<V>(p.master) && aligned<V>(static_cast<const u16*>(p.copy));
     for (int s = 0; s < K; s++) vectors = vectors && aligned<V>(p.states[s]);
     for_each_in_grid<V>(p.numel, vectors, [&](auto lanes, u64 at) {
         constexpr int N = decltype(lanes)::COUNT;
         float grad[N], param[N], states[2][N] = {};
-        load_grad(p.grad, p.grad_type, at, grad);
+        load(grads + at, grad);
         load(p.master + at, param);
         UNROLL
         for (int s = 0; s < K; s++) load(p.states[s] + at, states[s]);
@@ -71,8 +61,8 @@ __device__ __forceinline__ bf16 round_at_random(float x, u32 noise16) {
 
 // States in bf16. Word w of Philox's block 16 c + b belongs to element number 64 c + 16 w + b, so a thread draws a block and
 // takes the four elements it is for. Half a warp takes 16 elements in a row: whole sectors, whatever the first number is.
-template <class Rule>
-__device__ __forceinline__ void step(const Step<bf16, Rule>& p) {
+template <class Grad, class Rule>
+__device__ __forceinline__ void step_over(const Step<bf16, Rule>& p, const Grad* grads) {
     constexpr int K = Rule::NUM_STATES, GROUP = 64, BLOCKS = 16, WORDS = 4;
     if (p.numel == 0) return;
     const u64 first_block = p.noise.first / GROUP * BLOCKS;
@@ -85,7 +75,7 @@ __device__ __forceinline__ void step(const Step<bf16, Rule>& p) {
         for (int w = 0; w < WORDS; w++) {
             const u64 at = number + w * BLOCKS - p.noise.first;  // wraps below the first
             if (at >= p.numel) continue;
-            load_grad(p.grad, p.grad_type, at, grad[w]);
+            load(grads + at, grad[w]);
             load(p.master + at, param[w]);
             UNROLL
             for (int s = 0; s < K; s++) load(p.states[s] + at, states[s][w]);
@@ -103,6 +93,14 @@ __device__ __forceinline__ void step(const Step<bf16, Rule>& p) {
             store_copy(p.copy, p.copy_type, at, param[w]);
         }
     });
+}
+
+// A gradient in 16 bits is widened on the way. Its type is that of the launch: all threads take the same loop.
+template <class State, class Rule>
+__device__ __forceinline__ void step(const Step<State, Rule>& p) {
+    if (p.grad_type == GRAD_BF16) step_over(p, static_cast<const bf16*>(p.grad));
+    else if (p.grad_type == GRAD_F16) step_over(p, static_cast<const f16*>(p.grad));
+    else step_over(p, static_cast<const float*>(p.grad));
 }
 
 struct AdamFactors {

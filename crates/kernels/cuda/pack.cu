@@ -15,7 +15,7 @@ struct Segment {
     void* to;
     u64 numel;
     // Pieces of the segments before this one.
-    u64 first_piece;
+    u64 first;
 };
 
 struct Pack {
@@ -28,15 +28,8 @@ struct Pack {
 template <class Each>
 __device__ __forceinline__ void for_each_piece(const Pack& p, Each each) {
     for (u64 piece = blockIdx.x; piece < p.num_pieces; piece += gridDim.x) {
-        // The last segment that begins at or before the piece.
-        u32 low = 0, high = p.num_segments;
-        while (high - low > 1) {
-            const u32 middle = (low + high) / 2;
-            if (p.segments[middle].first_piece <= piece) low = middle;
-            else high = middle;
-        }
-        const Segment& segment = p.segments[low];
-        const u64 start = (piece - segment.first_piece) * PIECE, left = segment.numel - start;
+        const Segment& segment = p.segments[array_of(p.segments, p.num_segments, piece)];
+        const u64 start = (piece - segment.first) * PIECE, left = segment.numel - start;
         each(segment, start, left < PIECE ? left : PIECE);
     }
 }

@@ -29,6 +29,7 @@ impl<const N: usize> World<N> {
     /// One phase as in `Exchange`: fill, publish, wait for all, read all. `Err` says what was seen instead.
     fn phase(&self, me: usize, phase: u32, spin: Duration) -> Result<(), Seen> {
         let parity = (phase % 2) as usize;
+        // SAFETY: what is tested: loom fails if anyone reads it meanwhile.
         self.slots[me][parity].with_mut(|slot| unsafe { *slot = 10 * phase + me as u32 });
         self.words[me].advance();
         for peer in (0..N).filter(|peer| *peer != me) {
@@ -39,6 +40,7 @@ impl<const N: usize> World<N> {
                     seen => return Err(seen),
                 }
             }
+            // SAFETY: likewise, if anyone writes to it meanwhile.
             self.slots[peer][parity].with(|slot| assert_eq!(unsafe { *slot }, 10 * phase + peer as u32));
         }
         Ok(())

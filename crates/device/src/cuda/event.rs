@@ -84,8 +84,8 @@ impl Event {
     /// What the driver says, for one if a kernel before it failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let asked = || "wait for an event".to_owned();
-        // SAFETY: the handle is alive, the context current.
         wait_on_host(|| {
+            // SAFETY: the handle is alive, the context current.
             self.gpu.call("cuEventSynchronize", asked, |api| unsafe { (api.event_synchronize)(self.handle) })
         })
     }

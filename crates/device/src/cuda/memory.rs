@@ -66,9 +66,10 @@ impl CudaMemory {
                     unsafe { (api.fill)(start as Address, 0, num_bytes, stream) }
                 })?;
             }
-            // SAFETY: new host memory of this size, which nobody else knows.
             Kind::Pinned => {
-                zero(unsafe { std::slice::from_raw_parts_mut(memory.ptr.as_ptr().cast(), num_bytes) })
+                // SAFETY: new host memory of this size, which nobody else knows.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(memory.ptr.as_ptr().cast(), num_bytes) };
+                zero(bytes);
             }
         }
         Ok(memory)

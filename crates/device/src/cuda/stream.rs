@@ -14,7 +14,7 @@
 use std::ffi::{c_int, c_void};
 use std::fmt;
 
-use super::api::Handle;
+use super::api::{Api, Handle};
 use super::queue::Queue;
 use super::stall::wait_on_host;
 use super::uses::{Access, Touch, not_ready};
@@ -130,10 +130,10 @@ impl Stream {
     /// What the driver says, for one if a kernel failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let asked = || "wait for a stream".to_owned();
-        // SAFETY: the handle is alive, the context current.
         wait_on_host(|| {
-            self.gpu
-                .call("cuStreamSynchronize", asked, |api| unsafe { (api.stream_synchronize)(self.handle()) })
+            // SAFETY: the handle is alive, the context current.
+            let wait = |api: &Api| unsafe { (api.stream_synchronize)(self.handle()) };
+            self.gpu.call("cuStreamSynchronize", asked, wait)
         })
     }
 

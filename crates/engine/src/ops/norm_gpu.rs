@@ -94,7 +94,7 @@ impl<'a> NormOnGpu<'a> {
         outputs: &[&Tensor],
         normalized: Saved<'_>,
         stats: &Tensor,
-        of_grads: for<'t> fn(&'t [Option<Tensor>]) -> (Option<&'t Tensor>, Option<&'t Tensor>),
+        of_grads: fn(&[Option<Tensor>]) -> Grads<'_>,
     ) -> Result<(), TorchError> {
         let NormOnGpu { kernels, weight, bias, .. } = self;
         let inputs: Vec<&Tensor> = xs.iter().copied().chain([weight]).chain(bias).collect();
@@ -123,8 +123,11 @@ impl<'a> NormOnGpu<'a> {
 
 const NAME: &str = "norm";
 
+/// The gradients of what was normalized and of its norm.
+type Grads<'t> = (Option<&'t Tensor>, Option<&'t Tensor>);
+
 /// Of a residual and of its norm.
-fn both(grads: &[Option<Tensor>]) -> (Option<&Tensor>, Option<&Tensor>) {
+fn both(grads: &[Option<Tensor>]) -> Grads<'_> {
     (grads[0].as_ref(), grads[1].as_ref())
 }
 

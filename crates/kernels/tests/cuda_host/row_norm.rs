@@ -26,6 +26,9 @@ const SHAPES: [(usize, usize, usize); 10] = [
     (2054, 264, 0),
 ];
 
+/// A sum and its norm; factors and means.
+type Forward<T> = ((Vec<T>, Vec<T>), (Vec<f32>, Vec<f32>));
+
 /// A norm's inputs, and the gradients it is given.
 struct Case<T> {
     norm: RowNorm,
@@ -106,7 +109,7 @@ impl<T: Float> Case<T> {
     }
 
     /// The kernel's. `addends` are added to make `x`; then the sum comes too.
-    fn forward_on_device(&self, addends: Option<[&[T]; 2]>) -> ((Vec<T>, Vec<T>), (Vec<f32>, Vec<f32>)) {
+    fn forward_on_device(&self, addends: Option<[&[T]; 2]>) -> Forward<T> {
         let Kept { factors, means } = self.nothing_kept();
         in_both_orders(|order| {
             let on_device = |x: &[T]| Device::new(x, self.offset);
