@@ -50,7 +50,7 @@ impl Answer {
             compute_bytes: shape.compute_bytes,
             device: shape.device,
             grouped_queries: shape.grouped_queries(),
-            head_chunk_rows: shape.head_chunk_rows,
+            head_chunks: shape.head_chunks(),
             widths: StateWidths::new(shape.compute_bytes, shape.optimizer_bytes, shape.grad_bytes),
             frozen: shape.frozen.clone(),
             // The cores of this host say nothing of the cluster's devices, which copy beside computing.

@@ -21,6 +21,20 @@ const MIN_CHUNK_ROWS: usize = 1024;
 /// Bytes of an element of the sums over chunks.
 const SUM_BYTES: usize = 4;
 
+/// Rows of a chunk on a GPU are a multiple of this, as matrix products go by tiles.
+const GPU_TILE_ROWS: usize = 256;
+
+/// How many rows' scores a head holds at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadChunks {
+    /// As the host does: [`HeadShape::chunk_rows`].
+    Host,
+    /// As a GPU does: [`HeadShape::chunk_rows_on_gpu`].
+    Gpu,
+    /// So many.
+    Rows(usize),
+}
+
 /// A head at work on the rows (tokens) of one micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadShape {
@@ -42,7 +56,16 @@ impl HeadShape {
 
     /// [`HeadShape::chunk_rows`] on a GPU.
     pub fn chunk_rows_on_gpu(&self) -> usize {
-        self.chunk_rows_of(GPU_CHUNK_BYTES)
+        self.chunk_rows_of(GPU_CHUNK_BYTES).next_multiple_of(GPU_TILE_ROWS).min(self.num_rows)
+    }
+
+    /// Rows to take at a time, as `chunks` says.
+    pub fn rows_at_a_time(&self, chunks: HeadChunks) -> usize {
+        match chunks {
+            HeadChunks::Host => self.chunk_rows(),
+            HeadChunks::Gpu => self.chunk_rows_on_gpu(),
+            HeadChunks::Rows(rows) => rows,
+        }
     }
 
     fn chunk_rows_of(&self, chunk_bytes: usize) -> usize {
@@ -95,6 +118,12 @@ mod tests {
         // A large one never fewer than so many.
         assert_eq!(head(1 << 16, 4096, 1 << 18, 2).chunk_rows(), 1024);
         assert_eq!(head(0, 4, 4, 2).chunk_rows(), 0);
+        // A GPU takes more at a time, in whole tiles: 64 samples of 1024 in thirteen chunks, the last a little shorter.
+        assert_eq!(head(1 << 16, 768, 50257, 2).chunk_rows_on_gpu(), 5120);
+        assert_eq!(
+            (head(5000, 768, 50257, 2).chunk_rows_on_gpu(), head(9, 4, 4, 2).chunk_rows_on_gpu()),
+            (5000, 9)
+        );
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-pub use head::HeadShape;
+pub use head::{HeadChunks, HeadShape};
 pub use host::{HostMemory, PIECE};
 pub(crate) use layers::first_backward;
 pub use layers::{Flow, LayerActivations, LayerLoad, LayerParams, Learning, layer_params};

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 pub use search::{Ruled, Search, search};
 
-use crate::memory::StateWidths;
+use crate::memory::{HeadChunks, StateWidths};
 use crate::pipeline::{ScheduleKind, StageCut};
 pub use crate::traffic::AxisTraffic;
 use crate::zoo::{GroupedQueries, ModelConfig, SequenceParallel};
@@ -68,8 +68,8 @@ pub struct Job {
     pub device: Device,
     /// What attention holds of keys and values that queries share.
     pub grouped_queries: GroupedQueries,
-    /// Rows whose scores a head holds at a time, if that is asked for.
-    pub head_chunk_rows: Option<usize>,
+    /// Rows whose scores a head holds at a time.
+    pub head_chunks: HeadChunks,
     /// Bytes of an element of each kind of state.
     pub widths: StateWidths,
     /// Parameters that are not trained.

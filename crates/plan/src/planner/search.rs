@@ -137,9 +137,8 @@ struct LocalModel {
 impl LocalModel {
     fn new(job: &Job, layers: &[LayerSpec], tensor: usize, sizes: &[usize]) -> Result<Self, SplitError> {
         let activations = |num_samples| {
-            let Job { seq_len, compute_bytes, head_chunk_rows, grouped_queries, .. } = *job;
-            let microbatch =
-                Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows, grouped_queries };
+            let Job { seq_len, compute_bytes, head_chunks, grouped_queries, .. } = *job;
+            let microbatch = Microbatch { num_samples, seq_len, compute_bytes, head_chunks, grouped_queries };
             job.model.activations(tensor, job.sequence, microbatch)
         };
         // Rank 0 has no less than any other.

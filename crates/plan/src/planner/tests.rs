@@ -18,7 +18,7 @@ fn job(model: &Value) -> Job {
     Job {
         device: Device::Cpu,
         grouped_queries: GroupedQueries::Shared,
-        head_chunk_rows: None,
+        head_chunks: HeadChunks::Host,
         model: ModelConfig::from_json(model).unwrap(),
         seq_len: 1024,
         global_batch: 1024,

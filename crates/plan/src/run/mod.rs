@@ -80,7 +80,7 @@ impl RunPlan {
             num_samples: shape.micro_batch,
             seq_len: shape.seq_len,
             compute_bytes: shape.compute_bytes,
-            head_chunk_rows: shape.head_chunk_rows,
+            head_chunks: shape.head_chunks(),
             grouped_queries: shape.grouped_queries(),
         };
         let activations = shape.model.activations(tensor, shape.sequence, microbatch);

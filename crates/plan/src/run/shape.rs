@@ -4,6 +4,7 @@ use std::fmt::Display;
 
 use serde::{Serialize, Serializer};
 
+use crate::memory::HeadChunks;
 use crate::mesh::MeshError;
 use crate::pipeline::{PartitionError, ScheduleError, ScheduleKind, StageCut, Stages};
 use crate::tensor::SplitError;
@@ -128,6 +129,15 @@ impl RunShape {
         let flops = self.model.forward_flops(self.seq_len);
         Stages::new(&self.model.layers(), &flops, &self.stage_cut, num_stages, num_chunks)
             .map_err(|source| RunShapeError::Stages { num_stages, num_chunks, source })
+    }
+
+    /// How a head is cut.
+    pub fn head_chunks(&self) -> HeadChunks {
+        match (self.head_chunk_rows, self.device) {
+            (Some(rows), _) => HeadChunks::Rows(rows),
+            (None, Device::Cuda(_)) => HeadChunks::Gpu,
+            (None, Device::Cpu) => HeadChunks::Host,
+        }
     }
 
     /// What attention holds of keys and values that queries share. On a GPU the kernel that takes them as they are is for 16 bits on

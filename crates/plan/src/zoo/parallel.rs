@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::ModelConfig;
-use crate::memory::{HeadShape, LayerActivations};
+use crate::memory::{HeadChunks, HeadShape, LayerActivations};
 use crate::tensor::SplitError;
 
 /// What tensor-parallel ranks keep between linear layers.
@@ -39,8 +39,8 @@ pub struct Microbatch {
     pub seq_len: usize,
     /// Bytes of an element of activations.
     pub compute_bytes: usize,
-    /// Rows whose scores a head holds at a time; if none, as many as [`HeadShape::chunk_rows`] says.
-    pub head_chunk_rows: Option<usize>,
+    /// Rows whose scores a head holds at a time.
+    pub head_chunks: HeadChunks,
     /// What attention holds of shared keys and values.
     pub grouped_queries: GroupedQueries,
 }
@@ -117,7 +117,7 @@ impl ModelConfig {
         sequence: SequenceParallel,
         microbatch: Microbatch,
     ) -> Vec<LayerActivations> {
-        let Microbatch { num_samples, seq_len, compute_bytes, head_chunk_rows, grouped_queries } = microbatch;
+        let Microbatch { num_samples, seq_len, compute_bytes, head_chunks, grouped_queries } = microbatch;
         let widths = self.block();
         let d = widths.hidden;
         let share = |width: usize| width.div_ceil(degree);
@@ -155,8 +155,7 @@ impl ModelConfig {
             num_classes: share(self.vocab_size()),
             element_bytes: compute_bytes,
         };
-        let chunk_rows = head_chunk_rows.unwrap_or_else(|| shape.chunk_rows());
-        let fixed = shape.needed(chunk_rows).0 as usize / compute_bytes.max(1);
+        let fixed = shape.needed(shape.rows_at_a_time(head_chunks)).0 as usize / compute_bytes.max(1);
         // Gradients are made within the forward pass: kept is that of the normalised input, beside which that input is needed.
         let head = LayerActivations { kept: d, forward: d, fixed, ..LayerActivations::default() };
         let blocks = std::iter::repeat_n(block, self.num_blocks());
@@ -187,8 +186,9 @@ mod tests {
     }
 
     fn microbatch(num_samples: usize, head_chunk_rows: Option<usize>) -> Microbatch {
+        let head_chunks = head_chunk_rows.map_or(HeadChunks::Host, HeadChunks::Rows);
         let grouped_queries = GroupedQueries::Shared;
-        Microbatch { num_samples, seq_len: 256, compute_bytes: 2, head_chunk_rows, grouped_queries }
+        Microbatch { num_samples, seq_len: 256, compute_bytes: 2, head_chunks, grouped_queries }
     }
 
     #[test]
