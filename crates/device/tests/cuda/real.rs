@@ -21,8 +21,14 @@ fn the_inventory_of_this_machine() {
 fn programs_do_what_they_say() {
     let driver = Driver::load(None).unwrap();
     let second = u32::from(driver.num_gpus() > 1);
-    let mut runner =
-        TestRunner::new(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() });
+    // Held, so that no program makes and destroys a context: that takes longer than the programs.
+    let _held = [driver.open(0).unwrap(), driver.open(second).unwrap()];
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: 64,
+        max_shrink_iters: 20,
+        failure_persistence: None,
+        ..Default::default()
+    });
     runner
         .run(&prop::collection::vec(call(), 1..200), |calls| {
             run([driver.open(0).unwrap(), driver.open(second).unwrap()], calls);
