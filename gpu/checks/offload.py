@@ -36,7 +36,12 @@ def run(bench):
                     exposed_share=moved.share("exposed_comm_s", 2))
         with bench.check(f"where a step's time goes at {kept} layers, offloaded") as row:
             traced = case_run(bench, shape, kept, {**OFFLOAD, "trace": {"first_step": 4, "num_steps": 1}}, until=6)
-            row.add(**split(read(traced.folder / "trace/rank-0.json")))
+            told = split(read(traced.folder / "trace/rank-0.json"))
+            row.add(**told)
+            # The CPU has no streams, and so no such lines.
+            lacking = [name for name in ("step_ms", "host_step_ms") + (() if bench.dry else ("compute_ms", "copies_ms")) if not told[name]]
+            if lacking:
+                raise Problem(f"the timeline has no {' and no '.join(lacking)}")
     largest(bench)
 
 

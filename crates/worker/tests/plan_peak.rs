@@ -194,6 +194,8 @@ fn small_is_predicted_within_15_percent() {
         &[
             Variant { stage: 0, ..Variant::PLAIN },
             Variant { stage: 1, grad_accum_steps: 2, ..Variant::PLAIN },
+            Variant::PLAIN,
+            Variant { stage: 3, ..Variant::PLAIN },
             Variant { stage: 3, bf16: false, grad_accum_steps: 2, ..Variant::PLAIN },
             Variant { overlap: true, ..Variant::PLAIN },
             Variant { stage: 3, grad_accum_steps: 2, overlap: true, ..Variant::PLAIN },
