@@ -184,3 +184,45 @@ pub trait ProcessGroup: Send + Sync {
 pub fn solo() -> Group {
     crate::thread::world(1, Options::default()).pop().expect("a world of one rank has one handle")
 }
+
+/// What a group that stands on another one does as that one does: the field `inner`.
+macro_rules! as_inner {
+    () => {
+        fn name(&self) -> &str {
+            self.inner.name()
+        }
+
+        fn group_rank(&self) -> usize {
+            self.inner.group_rank()
+        }
+
+        fn ranks(&self) -> &[usize] {
+            self.inner.ranks()
+        }
+
+        fn post(&self, call: &$crate::Call) -> u64 {
+            self.inner.post(call)
+        }
+
+        fn missing(&self, number: u64, call: &$crate::Call) -> Result<Option<usize>, $crate::CommError> {
+            self.inner.missing(number, call)
+        }
+
+        fn poison(&self, reason: &str) {
+            self.inner.poison(reason);
+        }
+
+        fn check(&self) -> Result<(), $crate::CommError> {
+            self.inner.check()
+        }
+
+        fn fail(&self, error: &$crate::CommError) -> $crate::CommError {
+            self.inner.fail(error)
+        }
+
+        fn deadline(&self) -> std::time::Duration {
+            self.inner.deadline()
+        }
+    };
+}
+pub(crate) use as_inner;

@@ -1,7 +1,6 @@
 //! The calls of a process group, each as NCCL's exchanges, or handed on.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
 use shardwise_device::cuda::Access;
 use shardwise_device::{Slice, SliceMut};
@@ -11,23 +10,13 @@ use super::pieces::{self, AllReduce, ReduceScatter};
 use super::{DIRECT_BYTES, Nccl, Places, starts_at};
 use crate::arguments::Demand;
 use crate::member::Patience;
-use crate::{Call, CommError, Group, Ledger, Part, ProcessGroup};
+use crate::{CommError, Group, Ledger, Part, ProcessGroup};
 
 impl ProcessGroup for Nccl {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn group_rank(&self) -> usize {
-        self.inner.group_rank()
-    }
+    crate::group::as_inner!();
 
     fn group_size(&self) -> usize {
         self.size()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
     }
 
     fn all_reduce(&self, buffer: SliceMut<'_>) -> Result<(), CommError> {
@@ -167,31 +156,7 @@ impl ProcessGroup for Nccl {
         Ok(inner.map(over).transpose()?.map(|group| Arc::new(group) as Group))
     }
 
-    fn post(&self, call: &Call) -> u64 {
-        self.inner.post(call)
-    }
-
-    fn missing(&self, number: u64, call: &Call) -> Result<Option<usize>, CommError> {
-        self.inner.missing(number, call)
-    }
-
     fn ledger(&self) -> Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).ledger
-    }
-
-    fn poison(&self, reason: &str) {
-        self.inner.poison(reason);
-    }
-
-    fn check(&self) -> Result<(), CommError> {
-        self.inner.check()
-    }
-
-    fn fail(&self, error: &CommError) -> CommError {
-        self.inner.fail(error)
-    }
-
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
     }
 }

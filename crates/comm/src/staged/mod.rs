@@ -24,7 +24,7 @@ mod pieces;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use shardwise_device::cuda::{CudaError, Event, Gpu, Priority, Stream, Timing};
 use shardwise_device::{BufferPool, DeviceError, Memory, Place, Slice, SliceMut};
@@ -331,20 +331,10 @@ impl Shared {
 }
 
 impl ProcessGroup for Staged {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn group_rank(&self) -> usize {
-        self.inner.group_rank()
-    }
+    crate::group::as_inner!();
 
     fn group_size(&self) -> usize {
         self.size()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
     }
 
     fn all_reduce(&self, buffer: SliceMut<'_>) -> Result<(), CommError> {
@@ -441,31 +431,7 @@ impl ProcessGroup for Staged {
         Ok(inner.map(over).transpose()?.map(|group| Arc::new(group) as Group))
     }
 
-    fn post(&self, call: &Call) -> u64 {
-        self.inner.post(call)
-    }
-
-    fn missing(&self, number: u64, call: &Call) -> Result<Option<usize>, CommError> {
-        self.inner.missing(number, call)
-    }
-
     fn ledger(&self) -> Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).ledger
-    }
-
-    fn poison(&self, reason: &str) {
-        self.inner.poison(reason);
-    }
-
-    fn check(&self) -> Result<(), CommError> {
-        self.inner.check()
-    }
-
-    fn fail(&self, error: &CommError) -> CommError {
-        self.inner.fail(error)
-    }
-
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
     }
 }
